@@ -1,0 +1,170 @@
+"""The experiment file: one YAML document that says everything a run depends on.
+
+``load_experiment`` reads it with a safe loader and reports every fault at once, each with its path in the file and the
+values that are allowed. Relative paths inside it start at the folder that holds ``experiments/`` when the file lies in a
+folder of that name, and at the file's own folder otherwise, so that a file means the same from every working directory.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, PrivateAttr, ValidationError
+
+from distill_pipeline.errors import ConfigError
+from distill_pipeline.evaluation.spec import EvaluationSpec
+from distill_pipeline.filtering.spec import FilterSpec
+from distill_pipeline.generation.spec import TeacherSpec
+from distill_pipeline.prompts.spec import PromptPoolSpec
+from distill_pipeline.scoring.registry import scorer_fault
+from distill_pipeline.scoring.spec import ScorerSpec
+from distill_pipeline.spec import NAME_PATTERN, Name, Spec
+from distill_pipeline.training.spec import StudentSpec
+
+ANY_DOMAIN = "*"
+
+
+class Experiment(Spec):
+    """A whole experiment. Build it with :func:`load_experiment`."""
+
+    name: Name
+    seed: int = Field(0, ge=0, lt=2**63)
+    prompt_pool: PromptPoolSpec
+    teachers: dict[Name, TeacherSpec] = Field(min_length=1)
+    scorers: dict[str, tuple[ScorerSpec, ...]] = Field(default_factory=dict, description="scorers by domain; * is any other")
+    filters: dict[Name, FilterSpec] = Field(min_length=1)
+    students: dict[Name, StudentSpec] = Field(min_length=1)
+    evaluation: EvaluationSpec
+    _base_dir: Path = PrivateAttr(default_factory=Path.cwd)
+
+    @property
+    def base_dir(self) -> Path:
+        """Where relative paths of the file start."""
+        return self._base_dir
+
+    def resolve_path(self, path: str) -> str:
+        """A path of the file as an absolute path; URLs stay as they are."""
+        return path if "://" in path or Path(path).is_absolute() else str(self._base_dir / path)
+
+    def scorers_of(self, domain: str) -> tuple[ScorerSpec, ...]:
+        """The scorers of a domain: its own list, else the one under ``*``, else none."""
+        return self.scorers.get(domain, self.scorers.get(ANY_DOMAIN, ()))
+
+    def teacher_of(self, student: str) -> str:
+        """The teacher whose distribution a student imitates and whose layers it inherits: the first of its data."""
+        return self.students[student].data[0].split("/")[0]
+
+
+def load_experiment(path: str | Path) -> Experiment:
+    """Read and check an experiment file.
+
+    Raises:
+        ConfigError: the file is missing, is no YAML mapping, or has faults; the message lists all of them.
+    """
+    file = Path(path)
+    try:
+        document = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as err:
+        raise ConfigError(f"cannot read the experiment file {file}: {err.strerror}. Give the path of a YAML file.") from err
+    except (yaml.YAMLError, UnicodeDecodeError) as err:
+        raise ConfigError(f"the experiment file {file} is not valid YAML: {err}") from err
+    if not isinstance(document, dict):
+        raise ConfigError(f"the experiment file {file} must be a mapping, it is a {type(document).__name__}.")
+    folder = file.resolve().parent
+    experiment = parse_experiment(document, origin=str(file))
+    experiment._base_dir = folder.parent if folder.name == "experiments" else folder
+    return experiment
+
+
+def parse_experiment(document: Mapping[str, Any], *, origin: str = "experiment") -> Experiment:
+    """Check an experiment given as data. Raises ConfigError with every fault."""
+    faults: list[str] = []
+    experiment = None
+    try:
+        experiment = Experiment.model_validate(document)
+    except ValidationError as err:
+        faults += [_fault_line(error) for error in err.errors()]
+    faults += _cross_faults(document)
+    if faults or experiment is None:
+        listed = "\n".join(f"  {fault}" for fault in faults)
+        raise ConfigError(f"{origin} has {len(faults)} fault{'s' * (len(faults) != 1)}:\n{listed}")
+    return experiment
+
+
+def _fault_line(error: Any) -> str:
+    """One pydantic error as ``path: what, and what is allowed``."""
+    steps = [str(step) for step in error["loc"] if step != "[key]"]
+    where = ".".join(steps) or "(top level)"
+    what = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "string_pattern_mismatch" and error["ctx"]["pattern"] == NAME_PATTERN:
+        what = "a name has lower-case letters, digits and single underscores only"
+    elif error["type"] == "extra_forbidden":
+        what = _unknown_field(error["loc"])
+    given = error.get("input")
+    shown = "" if error["type"] in {"missing", "extra_forbidden"} else f" (given: {_brief(given)})"
+    return f"{where}: {what}{shown}"
+
+
+def _unknown_field(location: tuple[Any, ...]) -> str:
+    """What stands beside an unknown field, so that a typing mistake is seen at once."""
+    model: Any = Experiment
+    for step in location[:-1]:
+        field = getattr(model, "model_fields", {}).get(step) if isinstance(step, str) else None
+        if field is not None:
+            model = _inner_model(field.annotation)
+        if model is None:
+            return "unknown field"
+    known = ", ".join(sorted(getattr(model, "model_fields", {})))
+    return f"unknown field; known: {known}" if known else "unknown field"
+
+
+def _inner_model(annotation: Any) -> Any:
+    """The Spec class inside an annotation such as ``dict[Name, TeacherSpec]`` or ``tuple[X, ...] | None``."""
+    if isinstance(annotation, type) and issubclass(annotation, Spec):
+        return annotation
+    for inner in reversed(getattr(annotation, "__args__", ())):
+        if (found := _inner_model(inner)) is not None:
+            return found
+    return None
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _cross_faults(document: Mapping[str, Any]) -> Iterator[str]:
+    """Faults between parts, found on the raw document so that they are reported together with the others."""
+    teachers, filters = (set(_mapping(document.get(key))) for key in ("teachers", "filters"))
+    for student, part in _mapping(document.get("students")).items():
+        references = _mapping(part).get("data")
+        for index, reference in enumerate(references if isinstance(references, list) else []):
+            teacher, slash, filter_name = str(reference).partition("/")
+            where = f"students.{student}.data.{index}"
+            if not slash:
+                yield f"{where}: write it as teacher/filter (given: {_brief(reference)})"
+            elif teacher not in teachers:
+                yield f"{where}: unknown teacher {teacher!r}; known: {', '.join(sorted(teachers)) or 'none'}"
+            elif filter_name not in filters:
+                yield f"{where}: unknown filter {filter_name!r}; known: {', '.join(sorted(filters)) or 'none'}"
+    for domain, listed in _mapping(document.get("scorers")).items():
+        for index, part in enumerate(listed if isinstance(listed, list) else []):
+            kind = _mapping(part).get("kind")
+            if isinstance(kind, str) and (fault := scorer_fault(kind, _mapping(_mapping(part).get("options")))):
+                yield f"scorers.{domain}.{index}.kind: {fault}"
+    students = set(_mapping(document.get("students")))
+    baselines = _mapping(document.get("evaluation")).get("baselines")
+    for index, baseline in enumerate(baselines if isinstance(baselines, list) else []):
+        if baseline not in {"teacher", "untrained"} | students:
+            known = ", ".join(["teacher", "untrained", *sorted(students)])
+            yield f"evaluation.baselines.{index}: unknown baseline {baseline!r}; known: {known}"
+    for teacher, part in _mapping(document.get("teachers")).items():
+        sampling = _mapping(_mapping(part).get("sampling"))
+        n, temperature = sampling.get("n", 4), sampling.get("temperature", 0.7)
+        if temperature == 0 and isinstance(n, int) and n > 1:
+            yield f"teachers.{teacher}.sampling: temperature 0 is greedy, {n} samples would be equal; set n: 1"
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}

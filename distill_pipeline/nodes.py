@@ -1,0 +1,101 @@
+"""The graph of an experiment: one node a distinct artifact, with what it is made from and what it depends on in the file.
+
+The orchestrator builds its assets from these nodes and the command line walks them, so both speak of the same things. A
+node's code version is the hash of its own part of the experiment and of its stage's algorithm: editing a filter's threshold
+changes that filter's sets and leaves the teacher's outputs alone.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from distill_pipeline.evaluation import spec as evaluation_spec
+from distill_pipeline.experiment import Experiment
+from distill_pipeline.filtering import spec as filtering_spec
+from distill_pipeline.generation import spec as generation_spec
+from distill_pipeline.hashing import version_of
+from distill_pipeline.prompts import spec as prompts_spec
+from distill_pipeline.scoring import spec as scoring_spec
+from distill_pipeline.training import spec as training_spec
+
+Stage = Literal[
+    "prompt_pool", "teacher_outputs", "scored_outputs", "filtered_set", "student_checkpoint", "eval_report", "comparison"
+]
+
+STAGE_COMMANDS: Mapping[Stage, str] = {
+    "prompt_pool": "prompts", "teacher_outputs": "generate", "scored_outputs": "score", "filtered_set": "filter",
+    "student_checkpoint": "train", "eval_report": "evaluate", "comparison": "compare",
+}  # fmt: skip
+"""The ``distill`` subcommand that makes each stage's artifacts."""
+
+NO_RESULT_CHANGE = {"batch_tokens"}
+"""Fields of a teacher that change speed or memory only."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """One artifact to be: its name in the store, its inputs' names, and the part of the experiment it depends on."""
+
+    name: str
+    stage: Stage
+    inputs: tuple[str, ...]
+    spec: dict[str, Any]
+    code_version: str
+    teacher: str | None = None
+    filter: str | None = None
+    student: str | None = None
+    method: str | None = None
+
+    @property
+    def command(self) -> str:
+        """The arguments of ``distill`` after which this artifact exists, without the experiment file's path."""
+        target = self.name.split("/", 1)[1] if "/" in self.name else ""
+        return f"distill {STAGE_COMMANDS[self.stage]} EXPERIMENT {target}".rstrip()
+
+
+def experiment_nodes(experiment: Experiment) -> dict[str, Node]:
+    """All nodes by name, in an order in which every node comes after its inputs."""
+    nodes: dict[str, Node] = {}
+
+    def add(name: str, stage: Stage, algorithm: str, spec: dict[str, Any], inputs: tuple[str, ...], **who: str | None) -> None:
+        nodes[name] = Node(name, stage, inputs, spec, version_of([algorithm, spec]), **who)
+
+    evaluation = experiment.evaluation.document()
+    tasks = {"tasks": evaluation["tasks"], "include_path": evaluation["include_path"]}
+    protected = tasks if experiment.prompt_pool.decontaminate.against else None
+    pool = {"prompt_pool": experiment.prompt_pool.document(), "evaluation": protected}
+    add("prompt_pool", "prompt_pool", prompts_spec.ALGORITHM, pool, ())
+    for teacher, part in experiment.teachers.items():
+        outputs, scored = f"teacher_outputs/{teacher}", f"scored_outputs/{teacher}"
+        spec = {key: value for key, value in part.document().items() if key not in NO_RESULT_CHANGE}
+        spec = {"teacher": spec, "seed": experiment.seed}
+        add(outputs, "teacher_outputs", generation_spec.ALGORITHM, spec, ("prompt_pool",), teacher=teacher)
+        scorers = {domain: [scorer.document() for scorer in listed] for domain, listed in experiment.scorers.items()}
+        spec = {"scorers": scorers}
+        add(scored, "scored_outputs", scoring_spec.ALGORITHM, spec, ("prompt_pool", outputs), teacher=teacher)
+        for name, rule in experiment.filters.items():
+            spec = {"filter": rule.document(), "evaluation": protected if "contaminated" in rule.drop else None}
+            inputs = ("prompt_pool", outputs, scored)
+            add(f"filtered_set/{teacher}/{name}", "filtered_set", filtering_spec.ALGORITHM, spec, inputs,
+                teacher=teacher, filter=name)  # fmt: skip
+    for student, recipe in experiment.students.items():
+        teacher = experiment.teacher_of(student)
+        frozen = experiment.teachers[teacher]
+        who = {
+            "teacher": "+".join(dict.fromkeys(ref.split("/")[0] for ref in recipe.data)),
+            "filter": "+".join(dict.fromkeys(ref.split("/")[1] for ref in recipe.data)),
+            "student": student,
+            "method": "+".join(dict.fromkeys(stage.method for stage in recipe.stages)),
+        }
+        model = {"model": frozen.model, "revision": frozen.revision, "system": frozen.system}
+        spec = {"student": recipe.document(), "teacher": model, "seed": experiment.seed}
+        inputs = tuple(f"filtered_set/{ref}" for ref in recipe.data)
+        checkpoint, report = f"student_checkpoint/{student}", f"eval_report/{student}"
+        add(checkpoint, "student_checkpoint", training_spec.ALGORITHM, spec, inputs, **who)
+        spec = {"evaluation": evaluation, "teacher": model, "seed": experiment.seed}
+        others = [f"student_checkpoint/{name}" for name in experiment.evaluation.baselines if name in experiment.students]
+        needed = tuple(dict.fromkeys(["prompt_pool", checkpoint, *others]))
+        add(report, "eval_report", evaluation_spec.ALGORITHM, spec, needed, **who)
+    reports = tuple(name for name, node in nodes.items() if node.stage == "eval_report")
+    add("comparison", "comparison", evaluation_spec.ALGORITHM, {"students": sorted(experiment.students)}, reports)
+    return nodes

@@ -1,0 +1,29 @@
+"""Scores of answers. ``score_answers`` is what others use; the rest is loaded when it is needed."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from distill_pipeline.scoring.registry import ScoreValue
+
+__all__ = ["score_answers"]
+
+
+def score_answers(
+    kind: str, rows: Iterable[tuple[str | None, str]], *, timeout_seconds: float = 10.0, **options: Any
+) -> "list[ScoreValue]":
+    """Scores of (reference, answer) pairs by one scorer, in order.
+
+    Args:
+        kind: a built-in kind or ``package.module:function``.
+        options: keyword arguments of the scorer.
+    Raises:
+        ConfigError: the kind or an option is unknown.
+    """
+    from distill_pipeline.scoring.isolation import Bench
+    from distill_pipeline.scoring.registry import resolve_scorer
+    from distill_pipeline.scoring.spec import ScorerSpec
+
+    scorer = resolve_scorer(ScorerSpec(kind=kind, options=options, timeout_seconds=timeout_seconds))
+    with Bench(scorer) as bench:
+        return [bench.score(reference, answer) for reference, answer in rows]

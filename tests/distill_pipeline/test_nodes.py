@@ -1,0 +1,81 @@
+"""Laws of the graph: what an edit of the experiment makes stale, and what it leaves alone."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from distill_pipeline.experiment import parse_experiment
+from distill_pipeline.nodes import experiment_nodes
+
+QUICKSTART = Path(__file__).parents[2] / "experiments/quickstart.yaml"
+
+
+def versions(document: dict[str, Any]) -> dict[str, str]:
+    return {name: node.code_version for name, node in experiment_nodes(parse_experiment(document)).items()}
+
+
+def changed(edit: list[Any], value: Any) -> set[str]:
+    """The nodes whose code version moves when one value of the quickstart is edited."""
+    before, after = (yaml.safe_load(QUICKSTART.read_text()) for _ in range(2))
+    part = after
+    for step in edit[:-1]:
+        part = part[step]
+    part[edit[-1]] = value
+    old, new = versions(before), versions(after)
+    return {name for name in old | new if old.get(name) != new.get(name)}
+
+
+def test_the_quickstart_has_these_nodes_with_these_inputs() -> None:
+    nodes = experiment_nodes(parse_experiment(yaml.safe_load(QUICKSTART.read_text())))
+    assert {name: node.inputs for name, node in nodes.items()} == {
+        "prompt_pool": (),
+        "teacher_outputs/smollm2": ("prompt_pool",),
+        "scored_outputs/smollm2": ("prompt_pool", "teacher_outputs/smollm2"),
+        "filtered_set/smollm2/unfiltered": ("prompt_pool", "teacher_outputs/smollm2", "scored_outputs/smollm2"),
+        "filtered_set/smollm2/verified": ("prompt_pool", "teacher_outputs/smollm2", "scored_outputs/smollm2"),
+        "student_checkpoint/kl": ("filtered_set/smollm2/verified",),
+        "eval_report/kl": ("prompt_pool", "student_checkpoint/kl"),
+        "student_checkpoint/sft": ("filtered_set/smollm2/verified",),
+        "eval_report/sft": ("prompt_pool", "student_checkpoint/sft"),
+        "student_checkpoint/scratch": ("filtered_set/smollm2/verified",),
+        "eval_report/scratch": ("prompt_pool", "student_checkpoint/scratch"),
+        "comparison": ("eval_report/kl", "eval_report/sft", "eval_report/scratch"),
+    }
+
+
+def test_every_node_comes_after_its_inputs() -> None:
+    seen: set[str] = set()
+    for name, node in experiment_nodes(parse_experiment(yaml.safe_load(QUICKSTART.read_text()))).items():
+        assert set(node.inputs) <= seen
+        seen.add(name)
+
+
+@pytest.mark.parametrize(
+    ("edit", "value", "expected"),
+    [
+        (["filters", "verified", "min_score"], 0.5, {"filtered_set/smollm2/verified"}),
+        (["students", "kl", "stages", 0, "lr"], 1e-4, {"student_checkpoint/kl"}),
+        (["teachers", "smollm2", "sampling", "temperature"], 0.9, {"teacher_outputs/smollm2"}),
+        (["scorers", "elementary"], [{"kind": "exact"}], {"scored_outputs/smollm2"}),
+        (["evaluation", "batch_size"], 8, {"eval_report/kl", "eval_report/sft", "eval_report/scratch"}),
+        (["teachers", "smollm2", "batch_tokens"], 4096, set()),
+        (["name"], "renamed", set()),
+    ],
+)
+def test_an_edit_moves_only_the_nodes_it_can_change(edit: list[Any], value: Any, expected: set[str]) -> None:
+    assert changed(edit, value) == expected
+
+
+def test_other_evaluation_tasks_move_the_pool_because_it_is_cleaned_against_them() -> None:
+    moved = changed(["evaluation", "tasks"], ["elementary_heldout", "arc_easy"])
+    assert {"prompt_pool", "filtered_set/smollm2/verified", "eval_report/kl"} <= moved
+    assert "filtered_set/smollm2/unfiltered" not in moved
+    assert "teacher_outputs/smollm2" not in moved
+
+
+def test_a_command_names_the_node_it_makes() -> None:
+    nodes = experiment_nodes(parse_experiment(yaml.safe_load(QUICKSTART.read_text())))
+    assert nodes["filtered_set/smollm2/verified"].command == "distill filter EXPERIMENT smollm2/verified"
+    assert nodes["prompt_pool"].command == "distill prompts EXPERIMENT"
