@@ -1,6 +1,6 @@
 """Scores of answers. ``score_answers`` is what others use; the rest is loaded when it is needed."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -10,12 +10,13 @@ __all__ = ["score_answers"]
 
 
 def score_answers(
-    kind: str, rows: Iterable[tuple[str | None, str]], *, timeout_seconds: float = 10.0, **options: Any
+    kind: str, rows: Iterable[Mapping[str, Any]], *, timeout_seconds: float = 10.0, **options: Any
 ) -> "list[ScoreValue]":
-    """Scores of (reference, answer) pairs by one scorer, in order.
+    """Scores of answers by one scorer, in order.
 
     Args:
         kind: a built-in kind or ``package.module:function``.
+        rows: mappings with ``answer`` and, where there is one, ``reference``; other keys are left alone.
         options: keyword arguments of the scorer.
     Raises:
         ConfigError: the kind or an option is unknown.
@@ -26,4 +27,4 @@ def score_answers(
 
     scorer = resolve_scorer(ScorerSpec(kind=kind, options=options, timeout_seconds=timeout_seconds))
     with Bench(scorer) as bench:
-        return [bench.score(reference, answer) for reference, answer in rows]
+        return [bench.score(row.get("reference"), row["answer"]) for row in rows]

@@ -1,0 +1,196 @@
+"""The ``distill`` command: every stage of an experiment without an orchestrator, one node at a time.
+
+It is no second orchestrator: a command makes one artifact from inputs that exist, and says which command makes a missing
+one. Exit status: 0 done (or nothing to do), 1 a clear error, 2 wrong usage.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from distill_pipeline import __version__
+from distill_pipeline.errors import DistillError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class _Commands(click.Group):
+    """Turns the library's errors into one line and exit status 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except DistillError as err:
+            raise click.ClickException(str(err)) from err
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__)
+def main() -> None:
+    """Distil a large language model into a small one, step by step.
+
+    \b
+    The order of an experiment's stages:
+      distill plan     experiments/quickstart.yaml                     what it will cost, before it does
+      distill prompts  experiments/quickstart.yaml                     sources -> prompt pool
+      distill generate experiments/quickstart.yaml smollm2             pool -> teacher outputs
+      distill score    experiments/quickstart.yaml smollm2             -> scored outputs
+      distill filter   experiments/quickstart.yaml smollm2/verified    -> filtered set
+      distill train    experiments/quickstart.yaml kl                  -> student checkpoint
+      distill evaluate experiments/quickstart.yaml kl                  -> evaluation report
+      distill compare  experiments/quickstart.yaml                     all students side by side
+      distill lineage  kl                                              what a student was made from
+
+    A stage whose inputs, settings and seed match what is stored does nothing and says so. Artifacts live in
+    DISTILL_ROOT (default ./data).
+    """
+
+
+def _shared_options(command: F) -> F:
+    """The options every stage takes."""
+    options = [
+        click.argument("experiment", type=click.Path(dir_okay=False)),
+        click.option("--root", envvar="DISTILL_ROOT", default="data", show_default=True, help="artifact store: folder or URL"),
+        click.option("--teacher-device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N"),
+        click.option("--student-device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N"),
+        click.option("--force", is_flag=True, help="do the work even where a stored result matches"),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _make(node: str, *, experiment: str, root: str, teacher_device: str, student_device: str, force: bool) -> Any:
+    """Make one node and say where it is."""
+    from distill_pipeline.pipeline import open_pipeline
+
+    pipeline = open_pipeline(
+        experiment, root, teacher_device=teacher_device, student_device=student_device, force=force, progress=click.echo
+    )
+    artifact = pipeline.make(node)
+    counts = ", ".join(f"{name} {number:,}" for name, number in artifact.manifest.counts.items())
+    click.echo(f"{artifact.name}: {counts}\n{artifact.uri}")
+    return artifact
+
+
+@main.command()
+@_shared_options
+def prompts(**options: Any) -> None:
+    """Build the prompt pool: read the sources, drop duplicates and what resembles the evaluation, split."""
+    _make("prompt_pool", **options)
+
+
+@main.command()
+@_shared_options
+@click.argument("teacher")
+def generate(teacher: str, **options: Any) -> None:
+    """Let TEACHER answer the prompts that it has not answered yet."""
+    _make(f"teacher_outputs/{teacher}", **options)
+
+
+@main.command()
+@_shared_options
+@click.argument("teacher")
+def score(teacher: str, **options: Any) -> None:
+    """Score every completion of TEACHER."""
+    _make(f"scored_outputs/{teacher}", **options)
+
+
+@main.command(name="filter")
+@_shared_options
+@click.argument("teacher_filter", metavar="TEACHER/FILTER")
+def filter_command(teacher_filter: str, **options: Any) -> None:
+    """Decide which completions of a teacher train students; every rejected one stays, with its reasons."""
+    _make(f"filtered_set/{teacher_filter}", **options)
+
+
+@main.command()
+@_shared_options
+@click.argument("student")
+def train(student: str, **options: Any) -> None:
+    """Train STUDENT; after a crash it goes on from its last checkpoint."""
+    _make(f"student_checkpoint/{student}", **options)
+
+
+@main.command()
+@_shared_options
+@click.argument("student")
+def evaluate(student: str, **options: Any) -> None:
+    """Evaluate STUDENT beside its teacher and its untrained self, and write the report."""
+    artifact = _make(f"eval_report/{student}", **options)
+    click.echo(f"{artifact.uri}/report.html")
+
+
+@main.command()
+@_shared_options
+def compare(**options: Any) -> None:
+    """Put all students of EXPERIMENT side by side."""
+    from distill_pipeline.report.markdown import comparison_text
+
+    artifact = _make("comparison", **options)
+    click.echo(comparison_text(artifact.read_json("leaderboard.json")))
+    click.echo(f"{artifact.uri}/comparison.html")
+
+
+@main.command()
+@_shared_options
+@click.option("--no-probe", is_flag=True, help="count only; do not run the models for a few seconds to estimate time")
+def plan(no_probe: bool, **options: Any) -> None:
+    """Say what EXPERIMENT will need before it runs: rows, tokens, bytes, time on this machine.
+
+    A short probe runs the teacher on a few prompts and one training step of each student, and stores nothing.
+    """
+    from distill_pipeline.pipeline import open_pipeline
+    from distill_pipeline.planning import plan_experiment, plan_text
+
+    experiment, root = options.pop("experiment"), options.pop("root")
+    pipeline = open_pipeline(experiment, root, progress=lambda line: click.echo(line, err=True), **options)
+    click.echo(plan_text(plan_experiment(pipeline, probe=not no_probe)))
+
+
+@main.command()
+@click.argument("student")
+@click.option("--root", envvar="DISTILL_ROOT", default="data", show_default=True, help="artifact store")
+def lineage(student: str, root: str) -> None:
+    """Print what STUDENT was made from, and check that the files still are what they were.
+
+    STUDENT is a student's name, any artifact's name (filtered_set/smollm2/verified), or the folder of one.
+    """
+    from distill_pipeline.errors import IntegrityError, MissingInputError
+    from distill_pipeline.lineage import lineage_lines, open_folder, trace
+    from distill_pipeline.storage.artifacts import ArtifactStore
+
+    if Path(student).is_dir():
+        artifact = open_folder(Path(student))
+    else:
+        name = student if "/" in student or student in {"prompt_pool", "comparison"} else f"student_checkpoint/{student}"
+        found = ArtifactStore(root).latest(name)
+        if found is None:
+            raise MissingInputError(f"{name} is not in {root}. Give a student's name, an artifact's name, or a folder.")
+        artifact = found
+    story = trace(artifact)
+    for line in lineage_lines(story):
+        click.echo(line)
+    if not story.is_intact:
+        states = [story.own_state, *(state for _, state in story.ancestors)]
+        raise IntegrityError(next(state for state in states if state not in {"verified", "absent"}))
+
+
+@main.command()
+@click.option("--root", envvar="DISTILL_ROOT", default="data", show_default=True, help="artifact store")
+@click.option("--clean", is_flag=True, help="remove what crashed runs left behind")
+def doctor(root: str, clean: bool) -> None:
+    """Check this machine and the store: packages, memory, disk, devices, unfinished work, broken artifacts."""
+    from distill_pipeline.doctor import examine
+
+    findings = examine(root, clean=clean)
+    for finding in findings:
+        click.echo(f"{finding.mark}  {finding.what}: {finding.said}")
+    if any(finding.is_bad for finding in findings):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""What an answer of a teacher depends on, as a name: answers are kept under it and never paid for twice.
+
+A *family* is everything but the prompt and the sample's number: the model's content, how it is run, the system prompt, the
+rendering, the sampling and the seed. ``n`` and ``max_tokens`` are not part of it: more samples, or room for longer ones,
+leave the answers that ended by themselves as they are.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from distill_pipeline.generation.spec import SamplingSpec
+from distill_pipeline.hashing import sha256_of
+
+ENGINE = "transformers/1"
+"""Engine kind and version; raise when the same request would draw other tokens."""
+
+
+def family_settings(
+    *, identity: str, revision: str | None, dtype: str, system: str | None, rendering: str, sampling: SamplingSpec, seed: int
+) -> dict[str, Any]:
+    """The settings of a family by name, flat, so that two families can be compared line by line."""
+    return {
+        "model": identity, "revision": revision, "engine": ENGINE, "dtype": dtype, "system": system, "rendering": rendering,
+        "temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p, "seed": seed,
+    }  # fmt: skip
+
+
+def family_of(settings: Mapping[str, Any]) -> str:
+    """The family's name: 32 hexadecimal characters."""
+    return sha256_of(dict(settings))[:32]
+
+
+def request_key(family: str, prompt_id: str, sample_index: int) -> str:
+    """The name of one request: SHA-256 of family, prompt (its id is the hash of its messages) and sample index."""
+    return sha256_of([family, prompt_id, sample_index])

@@ -1,0 +1,118 @@
+"""The stage ``teacher_outputs``: n completions of every training prompt, asking the teacher only for those it never gave.
+
+The pool is read once and spooled to disk, then worked on in windows of prompts, so memory does not grow with it. Within a
+window what is missing is sorted by prompt length and packed into batches that depend on the requests alone, and answers are
+stored in the order of the batches: a run that was killed goes on with the very batches it would have had next, and ends
+with the same rows.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from distill_pipeline.errors import EmptyResultError
+from distill_pipeline.generation.answering import AnsweringRun
+from distill_pipeline.generation.engine import TransformersEngine
+from distill_pipeline.generation.requests import family_of, family_settings
+from distill_pipeline.generation.spec import TeacherSpec
+from distill_pipeline.generation.spool import spooled, windows
+from distill_pipeline.generation.store import GenerationStore
+from distill_pipeline.models.load import load_model, load_tokenizer, resolve_device, resolve_dtype
+from distill_pipeline.models.resolve import ModelFolder
+from distill_pipeline.outcome import Outcome, Progress
+from distill_pipeline.rendering import ChatRenderer
+from distill_pipeline.storage.files import write_whole
+
+
+def generate_outputs(
+    prompt_batches: Iterable[pa.RecordBatch],
+    out_dir: Path,
+    *,
+    teacher_name: str,
+    teacher: TeacherSpec,
+    model: ModelFolder,
+    generations_dir: Path,
+    device: str,
+    seed: int,
+    progress: Progress,
+    flush_rows: int = 2048,
+    flush_seconds: float = 30.0,
+) -> Outcome:
+    """Write ``part-*.parquet`` (COMPLETION_SCHEMA) with n rows a training prompt, in the pool's order, then by sample.
+
+    Args:
+        prompt_batches: the prompt pool; only training prompts of the teacher's domains are answered.
+        generations_dir: where the answers of all runs are kept; the next run takes from there.
+        device: a torch device or ``auto``.
+        flush_rows, flush_seconds: how much a crash can lose; batches in flight come on top.
+    Returns:
+        counts with ``expected == stopped + truncated + failed``, of which ``reused`` cost nothing; facts say the family, what
+        differs from this teacher's last run, tokens and speed.
+    Raises:
+        EmptyResultError: the teacher answers no prompt of the pool.
+        GenerationError: every single request failed; the message gives the first reason.
+    """
+    device = resolve_device(device)
+    dtype = resolve_dtype(model.path, device)
+    renderer = ChatRenderer(load_tokenizer(model.path, trust_remote_code=teacher.trust_remote_code), system=teacher.system)
+    settings = family_settings(
+        identity=model.identity, revision=model.revision, dtype=dtype, system=teacher.system, rendering=renderer.fingerprint,
+        sampling=teacher.sampling, seed=seed,
+    )  # fmt: skip
+    family = family_of(settings)
+    store = GenerationStore(
+        generations_dir, family, settings, max_tokens=teacher.sampling.max_tokens, flush_rows=flush_rows,
+        flush_seconds=flush_seconds,
+    )  # fmt: skip
+    with spooled(prompt_batches, teacher.domains, generations_dir) as (spool, num_prompts, domains):
+        if num_prompts == 0:
+            raise EmptyResultError(
+                f"teacher {teacher_name} answers the domains {', '.join(teacher.domains)}, and no training prompt is in them; "
+                f"the pool's training prompts are in: {', '.join(sorted(domains)) or 'none'}."
+            )
+        run = AnsweringRun(teacher_name, teacher.sampling, family, store, renderer, num_prompts * teacher.sampling.n, progress)
+        run.missing = sum(len(run.missing_of(window)) for window in windows(spool))
+        changed = _changed_settings(generations_dir, teacher_name, settings)
+        _announce(run, changed)
+        if run.missing:
+            loaded = load_model(model.path, device=device, dtype=dtype, trust_remote_code=teacher.trust_remote_code)
+            run.engine = TransformersEngine(loaded, renderer, batch_tokens=teacher.batch_tokens)
+        for number, window in enumerate(windows(spool)):
+            run.answer_window(window, out_dir / f"part-{number:05d}.parquet")
+    counts = run.final_counts(num_prompts)
+    write_whole(_last_settings_file(generations_dir, teacher_name), json.dumps(settings))
+    where = {"device": device, "dtype": dtype}
+    return Outcome(counts, run.facts() | where | {"family": family, "settings": settings, "settings_changed": changed})
+
+
+def _last_settings_file(generations_dir: Path, teacher_name: str) -> Path:
+    return generations_dir / "last" / f"{teacher_name}.json"
+
+
+def _changed_settings(generations_dir: Path, teacher_name: str, settings: dict[str, Any]) -> dict[str, list[Any]]:
+    """Settings that differ from this teacher's last finished run here: name, then old and new value."""
+    file = _last_settings_file(generations_dir, teacher_name)
+    if not file.exists():
+        return {}
+    last = json.loads(file.read_text(encoding="utf-8"))
+    return {name: [last.get(name), value] for name, value in settings.items() if last.get(name) != value}
+
+
+def _announce(run: AnsweringRun, changed: dict[str, list[Any]]) -> None:
+    if changed:
+        listed = ", ".join(f"{name} {_brief(old)} -> {_brief(new)}" for name, (old, new) in changed.items())
+        run.progress(
+            f"{run.teacher_name}: other settings than in its last run ({listed}), so its earlier answers do not serve; "
+            f"{run.missing:,} of {run.expected:,} completions are made anew"
+        )
+    else:
+        stored = run.expected - run.missing
+        run.progress(f"{run.teacher_name}: {stored:,} of {run.expected:,} completions are stored, {run.missing:,} to make")
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 24 else f"{text[:20]}..."

@@ -1,0 +1,214 @@
+"""The evaluation of a student beside its baselines: measures each model once, and writes the student's report.
+
+Measurements are artifacts of their own (``model_evaluation/...``), named by what was measured, so that a teacher is measured
+once for all its students and an untrained student once for all that start from the same weights.
+"""
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distill_pipeline.evaluation.spec import ALGORITHM
+from distill_pipeline.hashing import version_of
+from distill_pipeline.outcome import Outcome
+from distill_pipeline.work import Work, evaluation_documents_of
+from distill_pipeline.storage.artifacts import Artifact, Making
+
+HELD_OUT_ANSWERS = 96
+"""Answers of the teacher, evenly spaced, on which distributions are compared: enough for three digits of a mean."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to be measured: the artifact's name, what it depends on, and how to get it."""
+
+    name: str
+    inputs: dict[str, str]
+    load: Callable[[str], tuple[Any, Any]]
+    """From a device to (model, tokenizer)."""
+
+
+def report_student(work: Work, out_dir: Path) -> Outcome:
+    """Measure the node's student, its teacher and its baselines, and write ``report.json`` and ``report.html``."""
+    from distill_pipeline.report.build import build_student_report
+    from distill_pipeline.report.html import write_student_report
+
+    student = work.node.student
+    assert student is not None
+    checkpoint = work.inputs[f"student_checkpoint/{student}"]
+    teacher = _measured(work, _teacher(work), None)
+    measured = {"student": _measured(work, _student(work, checkpoint), teacher)}
+    for baseline in work.experiment.evaluation.baselines:
+        if baseline == "teacher":
+            measured["teacher"] = teacher
+        elif baseline == "untrained":
+            measured["untrained"] = _measured(work, _untrained(work, checkpoint), teacher)
+        elif baseline != student:
+            measured[baseline] = _measured(work, _student(work, work.inputs[f"student_checkpoint/{baseline}"]), teacher)
+    facts, counts = checkpoint.manifest.facts, checkpoint.manifest.counts
+    report = build_student_report(
+        experiment=work.experiment.name,
+        student=student,
+        teacher=str(work.node.teacher),
+        filter_name=str(work.node.filter),
+        method=str(work.node.method),
+        evaluations={role: artifact.read_json("evaluation.json") for role, artifact in measured.items()},
+        parameters={"student": facts["parameters"], "teacher": facts["teacher_parameters"]},
+        held_out={
+            role: found for role, artifact in measured.items() if (found := artifact.read_json("held_out.json")) is not None
+        },
+        init=work.experiment.students[student].init.document(),
+        curve=[row for batch in checkpoint.batches(prefix="curve") for row in batch.to_pylist()],
+        training={**counts, **{key: facts[key] for key in TRAINING_FACTS if key in facts}},
+        teachers=facts["teachers"],
+        lineage=[checkpoint.as_ancestor.model_dump(), *(a.model_dump() for a in checkpoint.manifest.lineage)],
+        input_versions={name: artifact.version for name, artifact in work.inputs.items()},
+        packages=checkpoint.manifest.made.packages,
+        seed=work.experiment.seed,
+        **_origins(work, checkpoint),
+        cost=_cost(work, checkpoint, measured),
+    )
+    results = {role: artifact.version for role, artifact in measured.items()}
+    (out_dir / "measured.json").write_text(json.dumps(results | {"checkpoint": checkpoint.version}, indent=1), encoding="utf-8")
+    (out_dir / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+    write_student_report(report, out_dir / "report.html")
+    samples = len(measured["student"].read_json("evaluation.json")["samples"])
+    return Outcome({"documents": samples, "models": len(measured)}, {"headline": report["headline"], "warnings": report["warnings"]})
+
+
+TRAINING_FACTS = ("initial_loss", "final_loss", "kept_layers", "layout", "tokens_per_second", "resumed_from_step")
+
+
+def _origins(work: Work, checkpoint: Artifact) -> dict[str, Any]:
+    """Counts of the stages before training, by the names the report gives them."""
+    ancestors = {ancestor.name: ancestor for ancestor in checkpoint.manifest.lineage}
+    filters = {name.split("/", 1)[1]: a for name, a in ancestors.items() if name.startswith("filtered_set/")}
+    prefix = "rejected_"
+    return {
+        "pool_counts": ancestors["prompt_pool"].counts,
+        "outputs": {n.split("/", 1)[1]: a.counts for n, a in ancestors.items() if n.startswith("teacher_outputs/")},
+        "filters": {
+            name: {
+                "counts": ancestor.counts,
+                "reject_reasons": {k.removeprefix(prefix): n for k, n in ancestor.counts.items() if k.startswith(prefix)},
+            }
+            for name, ancestor in filters.items()
+        },
+    }
+
+
+def _cost(work: Work, checkpoint: Artifact, measured: Mapping[str, Artifact]) -> dict[str, float | None]:
+    """What the student took: the teacher's tokens and seconds over all runs that answered, training, and evaluation."""
+    outputs = [
+        work.store.open(ancestor.name, ancestor.version).manifest.facts
+        for ancestor in checkpoint.manifest.lineage
+        if ancestor.name.startswith("teacher_outputs/")
+    ]
+    return {
+        "teacher_prompt_tokens": sum(facts.get("prompt_tokens", 0) for facts in outputs),
+        "teacher_completion_tokens": sum(facts.get("completion_tokens", 0) for facts in outputs),
+        "generation_seconds": sum(facts.get("seconds", 0.0) for facts in outputs),
+        "trained_tokens": checkpoint.manifest.counts.get("trained_tokens"),
+        "training_seconds": checkpoint.manifest.facts.get("seconds"),
+        "evaluation_seconds": measured["student"].manifest.made.wall_seconds,
+    }
+
+
+def _teacher(work: Work) -> Subject:
+    folder = work.teacher_model()
+    return Subject(f"model_evaluation/teacher/{work.teacher_name}", {"model:teacher": folder.identity}, _loader(folder.path))
+
+
+def _student(work: Work, checkpoint: Artifact) -> Subject:
+    name = checkpoint.name.split("/")[1]
+    return Subject(f"model_evaluation/student/{name}", {checkpoint.name: checkpoint.version}, _loader(checkpoint.local_dir()))
+
+
+def _untrained(work: Work, checkpoint: Artifact) -> Subject:
+    """The student as it was before its first step, made again from its recipe and the layers it kept."""
+    student = checkpoint.name.split("/")[1]
+    init = work.experiment.students[student].init
+    teacher = work.teacher_model()
+    init_model = work.model(init.model) if init.model else None
+    kept_layers = checkpoint.manifest.facts.get("kept_layers")
+    inputs = {
+        "model:teacher": teacher.identity,
+        "init:recipe": version_of([init.document(), kept_layers, init_model.identity if init_model else None]),
+        "init:seed": str(work.experiment.seed),
+    }
+
+    def load(device: str) -> tuple[Any, Any]:
+        from distill_pipeline.models.load import load_tokenizer
+        from distill_pipeline.training.student import initial_student
+
+        made = initial_student(
+            init, teacher, init_model, calibration=[], seed=work.experiment.seed, device=device, kept_layers=kept_layers
+        )
+        return made.model.eval(), load_tokenizer((init_model or teacher).path)
+
+    return Subject(f"model_evaluation/untrained/{version_of(inputs)}", inputs, load)
+
+
+def _loader(folder: Path) -> Callable[[str], tuple[Any, Any]]:
+    def load(device: str) -> tuple[Any, Any]:
+        from distill_pipeline.models.load import load_model, load_tokenizer
+
+        return load_model(folder, device=device), load_tokenizer(folder)
+
+    return load
+
+
+def _measured(work: Work, subject: Subject, teacher: Artifact | None) -> Artifact:
+    """A subject's measurement: found in the store, or made now. ``teacher`` is the teacher's own, None for itself."""
+    evaluation = work.experiment.evaluation
+    spec = {"evaluation": evaluation.document(), "system": work.experiment.teachers[work.teacher_name].system}
+    inputs = {**subject.inputs, "tasks:documents": version_of(list(evaluation_documents_of(work.experiment)))}
+    if teacher is not None:
+        inputs[teacher.name] = teacher.version
+    making = Making(
+        experiment=work.experiment.name, spec=spec, code_version=version_of([ALGORITHM, spec]), inputs=inputs,
+        seed=work.experiment.seed,
+    )  # fmt: skip
+    found = None if work.force else work.store.find(subject.name, making.input_key)
+    if found is not None:
+        work.progress(f"{subject.name}: measured before")
+        return found
+    started = time.monotonic()
+    with work.store.draft() as folder:
+        evaluated, held_out = _measure(work, subject, teacher)
+        (folder / "evaluation.json").write_text(json.dumps(evaluated, indent=1), encoding="utf-8")
+        (folder / "held_out.json").write_text(json.dumps(held_out, indent=1), encoding="utf-8")
+        making = making.model_copy(update={"wall_seconds": round(time.monotonic() - started, 3)})
+        return work.store.commit(
+            folder, subject.name, making, counts={"documents": len(evaluated["samples"])}, facts={"tasks": evaluated["tasks"]}
+        )
+
+
+def _measure(work: Work, subject: Subject, teacher: Artifact | None) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Run the tasks, then compare with the teacher's distribution on the teacher's own answers."""
+    from distill_pipeline.evaluation.stage import evaluate_model, held_out_divergence
+    from distill_pipeline.models.load import resolve_device
+    from distill_pipeline.rendering import ChatRenderer
+
+    part, device = work.experiment.evaluation, resolve_device(work.student_device)
+    system = work.experiment.teachers[work.teacher_name].system
+    model, tokenizer = subject.load(device)
+    work.progress(f"{subject.name}: measuring on {', '.join(part.tasks)}")
+    evaluated = evaluate_model(
+        model, tokenizer, tasks=part.tasks,
+        include_path=work.experiment.resolve_path(part.include_path) if part.include_path else None,
+        system=system, limit=part.limit, batch_size=part.batch_size, device=device, progress=work.progress,
+    )  # fmt: skip
+    if teacher is None:
+        return evaluated, None
+    teacher_model, teacher_tokenizer = _loader(work.teacher_model().path)(device)
+    samples = teacher.read_json("evaluation.json")["samples"]
+    step = max(1, len(samples) // HELD_OUT_ANSWERS)
+    divergence = held_out_divergence(
+        model, teacher_model, ChatRenderer(tokenizer, system=system), samples[::step][:HELD_OUT_ANSWERS], device,
+        teacher_renderer=ChatRenderer(teacher_tokenizer, system=system),
+    )  # fmt: skip
+    return evaluated, divergence

@@ -1,0 +1,176 @@
+"""How each stage of an experiment is run: from a node's stored inputs to files in a draft folder.
+
+Each runner reads its inputs' records, calls one library function and returns its outcome. ``EXTERNAL_INPUTS`` names what a
+stage depends on beside stored artifacts (source files, models, evaluation documents), as versions.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
+from pathlib import Path
+
+import pyarrow as pa
+
+from distill_pipeline.hashing import version_of
+from distill_pipeline.licenses import check_license
+from distill_pipeline.nodes import Stage
+from distill_pipeline.outcome import Outcome
+from distill_pipeline.storage.artifacts import Artifact
+from distill_pipeline.work import Work, evaluation_documents_of, protected_documents, protected_index
+
+UNHASHED_FILES = frozenset({"report.html", "report.json", "comparison.html", "comparison.json", "leaderboard.json"})
+"""Files whose bytes hold times and costs: they are listed with their hashes but do not make a version."""
+
+
+# --- what a stage depends on beside stored artifacts ---------------------------------------------------------------
+
+
+def _pool_externals(work: Work) -> dict[str, str]:
+    from distill_pipeline.prompts.sources import source_files
+
+    found: dict[str, str] = {}
+    for source in work.experiment.prompt_pool.sources:
+        files = source_files(source, work.experiment.resolve_path)
+        found |= {f"source:{path}": digest[:16] for path, digest in files.items()}
+    return found | {"protected:documents": version_of(list(protected_documents(work.experiment)))}
+
+
+def _filter_externals(work: Work) -> dict[str, str]:
+    assert work.node.filter is not None
+    if "contaminated" not in work.experiment.filters[work.node.filter].drop:
+        return {}
+    return {"protected:documents": version_of(list(protected_documents(work.experiment)))}
+
+
+def _teacher_externals(work: Work) -> dict[str, str]:
+    teacher = work.experiment.teachers[work.teacher_name]
+    check_license(work.teacher_name, teacher.license, teacher.accept)
+    return {f"model:{teacher.model}": work.teacher_model().identity}
+
+
+def _student_externals(work: Work) -> dict[str, str]:
+    assert work.node.student is not None
+    found = _teacher_externals(work)
+    init = work.experiment.students[work.node.student].init
+    return found | ({f"model:{init.model}": work.model(init.model).identity} if init.model else {})
+
+
+def _report_externals(work: Work) -> dict[str, str]:
+    documents = evaluation_documents_of(work.experiment)
+    return _teacher_externals(work) | {"tasks:documents": version_of(list(documents))}
+
+
+def _scorer_externals(work: Work) -> dict[str, str]:
+    from distill_pipeline.scoring.registry import scorer_versions
+
+    return {f"scorer:{kind}": version for kind, version in scorer_versions(work.experiment.scorers).items()}
+
+
+def _nothing(work: Work) -> dict[str, str]:
+    return {}
+
+
+EXTERNAL_INPUTS: Mapping[Stage, Callable[[Work], dict[str, str]]] = {
+    "prompt_pool": _pool_externals, "teacher_outputs": _teacher_externals, "scored_outputs": _scorer_externals,
+    "filtered_set": _filter_externals, "student_checkpoint": _student_externals, "eval_report": _report_externals,
+    "comparison": _nothing,
+}  # fmt: skip
+
+
+# --- the work itself ------------------------------------------------------------------------------------------------
+
+
+def _run_prompt_pool(work: Work, out_dir: Path, input_key: str) -> Outcome:
+    from distill_pipeline.prompts.pool import build_pool
+
+    part = work.experiment.prompt_pool
+    return build_pool(
+        part.sources, out_dir, resolve_path=work.experiment.resolve_path, holdout_frac=part.holdout_fraction,
+        dedup=part.dedup, protected=protected_index(work.experiment), progress=work.progress,
+    )  # fmt: skip
+
+
+def _run_teacher_outputs(work: Work, out_dir: Path, input_key: str) -> Outcome:
+    from distill_pipeline.generation.stage import generate_outputs
+
+    name = work.teacher_name
+    teacher = work.experiment.teachers[name]
+    model = work.teacher_model()
+    outcome = generate_outputs(
+        work.input("prompt_pool").batches(), out_dir, teacher_name=name, teacher=teacher, model=model,
+        generations_dir=work.store.local_folder("generations"), device=work.teacher_device, seed=work.experiment.seed,
+        progress=work.progress,
+    )  # fmt: skip
+    identity = {"name": name, "model": teacher.model, "revision": model.revision, "identity": model.identity}
+    terms = check_license(name, teacher.license, teacher.accept)
+    remote_code = {"trust_remote_code": teacher.trust_remote_code}
+    return Outcome(outcome.counts, outcome.facts | {"teacher": identity | terms | remote_code}, outcome.failed_gate)
+
+
+def _run_scored_outputs(work: Work, out_dir: Path, input_key: str) -> Outcome:
+    from distill_pipeline.scoring.stage import score_outputs
+
+    return score_outputs(
+        work.input("prompt_pool").batches(), work.input("teacher_outputs").batches(), out_dir,
+        scorers=work.experiment.scorers, progress=work.progress,
+    )  # fmt: skip
+
+
+def _run_filtered_set(work: Work, out_dir: Path, input_key: str) -> Outcome:
+    from distill_pipeline.filtering.stage import filter_outputs
+
+    assert work.node.filter is not None
+    rule = work.experiment.filters[work.node.filter]
+    outcome = filter_outputs(
+        work.input("prompt_pool").batches(), work.input("teacher_outputs").batches(), work.input("scored_outputs").batches(),
+        out_dir, rule=rule, filter_name=work.node.name,
+        protected=protected_index(work.experiment) if "contaminated" in rule.drop else None, progress=work.progress,
+    )  # fmt: skip
+    facts = outcome.facts | {"teacher": work.input("teacher_outputs").manifest.facts["teacher"]}
+    return Outcome(outcome.counts, facts, outcome.failed_gate)
+
+
+def _run_student_checkpoint(work: Work, out_dir: Path, input_key: str) -> Outcome:
+    from distill_pipeline.training.stage import train_student
+
+    assert work.node.student is not None
+    recipe = work.experiment.students[work.node.student]
+    teacher = work.experiment.teachers[work.teacher_name]
+    sets = list(work.inputs.values())
+    outcome = train_student(
+        _training_rows(sets), out_dir, work.store.work_dir(work.node.name, input_key), student=recipe,
+        teacher=work.teacher_model(), init_model=work.model(recipe.init.model) if recipe.init.model else None,
+        system=teacher.system, device=work.student_device, seed=work.experiment.seed, progress=work.progress,
+    )  # fmt: skip
+    teachers = {facts["name"]: facts for facts in (data.manifest.facts["teacher"] for data in sets)}
+    return Outcome(outcome.counts, outcome.facts | {"teachers": list(teachers.values())}, outcome.failed_gate)
+
+
+def _training_rows(sets: Iterable[Artifact]) -> Iterator[pa.RecordBatch]:
+    return chain.from_iterable(data.batches(prefix="train-") for data in sets)
+
+
+def _run_eval_report(work: Work, out_dir: Path, input_key: str) -> Outcome:
+    from distill_pipeline.reporting import report_student
+
+    return report_student(work, out_dir)
+
+
+def _run_comparison(work: Work, out_dir: Path, input_key: str) -> Outcome:
+    from distill_pipeline.report.build import build_comparison
+    from distill_pipeline.report.html import write_comparison
+
+    reports = [artifact.read_json("report.json") for artifact in work.inputs.values()]
+    comparison = build_comparison(reports)
+    (out_dir / "comparison.json").write_text(json.dumps(reports, indent=1), encoding="utf-8")
+    (out_dir / "leaderboard.json").write_text(json.dumps(comparison, indent=1), encoding="utf-8")
+    (out_dir / "inputs.json").write_text(json.dumps({n: a.version for n, a in work.inputs.items()}), encoding="utf-8")
+    write_comparison(comparison, out_dir / "comparison.html")
+    return Outcome({"students": len(reports)})
+
+
+RUNNERS: Mapping[Stage, Callable[[Work, Path, str], Outcome]] = {
+    "prompt_pool": _run_prompt_pool, "teacher_outputs": _run_teacher_outputs, "scored_outputs": _run_scored_outputs,
+    "filtered_set": _run_filtered_set, "student_checkpoint": _run_student_checkpoint, "eval_report": _run_eval_report,
+    "comparison": _run_comparison,
+}  # fmt: skip

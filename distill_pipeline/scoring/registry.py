@@ -1,0 +1,155 @@
+"""The scorers an experiment can name, without loading what they need: checking an experiment file stays fast.
+
+A scorer is a pure function ``(reference, answer, **options)``. The built-in kinds are below; a user's own is written
+``package.module:function`` and always runs in a process that can be killed.
+"""
+
+import hashlib
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.machinery import PathFinder
+from pathlib import Path
+from typing import Any
+
+from distill_pipeline.errors import ConfigError
+from distill_pipeline.scoring.spec import ScorerSpec
+
+SCORERS_MODULE = "distill_pipeline.scoring.scorers"
+
+_USER_KIND = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+
+
+@dataclass(frozen=True)
+class ScoreValue:
+    """A score in [0, 1], or None for unknown, and in few words why. Unknown is never the same as wrong."""
+
+    score: float | None
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class BuiltIn:
+    """What a built-in kind is called and takes. Raise ``version`` when it would score some answer otherwise."""
+
+    function: str
+    version: str
+    options: Mapping[str, type | tuple[type, ...]] = field(default_factory=dict)
+    required: frozenset[str] = frozenset()
+    is_isolated: bool = False
+
+
+BUILT_INS: Mapping[str, BuiltIn] = {
+    "contains_answer": BuiltIn("contains_answer", "1"),
+    "exact": BuiltIn("exact", "1", {"case_sensitive": bool}),
+    "multiple_choice": BuiltIn("multiple_choice", "1", {"letters": str}),
+    "numeric": BuiltIn("numeric", "1", {"relative_tolerance": (int, float), "pick": str}),
+    "regex": BuiltIn(
+        "regex", "1", {"pattern": str, "group": int, "ignore_case": bool}, frozenset({"pattern"}), is_isolated=True
+    ),
+}
+"""Built-in kinds. Those that run a user's pattern are isolated: a pattern can take for ever on some answers."""
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A scorer ready to be used. ``target`` is ``module:function``; ``is_isolated`` asks for a process of its own."""
+
+    kind: str
+    version: str
+    target: str
+    options: Mapping[str, Any]
+    timeout_seconds: float
+    is_isolated: bool
+    search_path: tuple[str, ...] = ()
+
+    def function(self) -> Callable[..., ScoreValue]:
+        """The function itself, for scorers that are not isolated."""
+        assert not self.is_isolated, f"{self.kind} runs in a worker only"
+        found: Callable[..., ScoreValue] = getattr(import_module(SCORERS_MODULE), self.target.split(":")[1])
+        return found
+
+
+def scorer_fault(kind: str, options: Mapping[str, Any]) -> str | None:
+    """What is wrong with a scorer's name or options, or None."""
+    if ":" in kind:
+        if _USER_KIND.fullmatch(kind):
+            return None
+        return f"{kind!r} is no function: write package.module:function"
+    if kind not in BUILT_INS:
+        known = ", ".join(sorted(BUILT_INS))
+        return f"unknown scorer {kind!r}; known: {known}; your own is written package.module:function"
+    built_in = BUILT_INS[kind]
+    for name, value in options.items():
+        if name not in built_in.options:
+            takes = ", ".join(sorted(built_in.options)) or "no options"
+            return f"{kind} does not take the option {name!r}; it takes: {takes}"
+        expected = built_in.options[name]
+        if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
+            return f"{kind} cannot use {value!r} as {name}"
+    missing = sorted(built_in.required - set(options))
+    if missing:
+        return f"{kind} needs the option {missing[0]!r}"
+    return _value_fault(kind, options)
+
+
+def _value_fault(kind: str, options: Mapping[str, Any]) -> str | None:
+    if kind == "numeric" and options.get("pick", "last") not in {"last", "first", "any"}:
+        return f"numeric picks the last, first or any number of an answer, not {options['pick']!r}"
+    if kind == "numeric" and not 0 <= options.get("relative_tolerance", 0) < 1:
+        return f"numeric needs a relative_tolerance in [0, 1), not {options['relative_tolerance']!r}"
+    if kind == "multiple_choice" and not re.fullmatch(r"[A-Z]{2,26}", options.get("letters", "AB")):
+        return f"multiple_choice needs letters such as ABCD, not {options['letters']!r}"
+    if kind == "regex":
+        try:
+            groups = re.compile(options["pattern"]).groups
+        except (re.error, RecursionError, OverflowError) as err:
+            return f"regex cannot use the pattern {options['pattern']!r}: {err}"
+        if not 0 <= options.get("group", 0) <= groups:
+            return f"the pattern {options['pattern']!r} has {groups} groups, not {options['group']}"
+    return None
+
+
+def resolve_scorer(spec: ScorerSpec) -> Scorer:
+    """A scorer from its part of the experiment.
+
+    Raises:
+        ConfigError: the kind or an option is wrong, or the user's module is not found (nothing of it is run here).
+    """
+    fault = scorer_fault(spec.kind, spec.options)
+    if fault is not None:
+        raise ConfigError(f"scorers: {fault}")
+    if ":" not in spec.kind:
+        built_in = BUILT_INS[spec.kind]
+        target = f"{SCORERS_MODULE}:{built_in.function}"
+        return Scorer(spec.kind, built_in.version, target, spec.options, spec.timeout_seconds, built_in.is_isolated)
+    search_path = tuple(dict.fromkeys([*filter(None, sys.path), os.getcwd()]))
+    file = _module_file(spec.kind.split(":")[0], search_path)
+    version = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    return Scorer(spec.kind, version, spec.kind, spec.options, spec.timeout_seconds, True, search_path)
+
+
+def scorer_versions(scorers: Mapping[str, tuple[ScorerSpec, ...]]) -> dict[str, str]:
+    """The version of each kind that an experiment's scorers name: a stage's inputs, so that edited functions score anew."""
+    return {spec.kind: resolve_scorer(spec).version for listed in scorers.values() for spec in listed}
+
+
+def _module_file(module: str, search_path: tuple[str, ...]) -> Path:
+    """The source file of a module, found without importing it or its packages."""
+    path: list[str] | None = list(search_path)
+    found = None
+    parts = module.split(".")
+    for depth in range(1, len(parts) + 1):
+        found = PathFinder.find_spec(".".join(parts[:depth]), path) if path else None
+        if found is None:
+            raise ConfigError(
+                f"scorers: there is no module {'.'.join(parts[:depth])} for the scorer module {module}. Start from the folder "
+                f"that holds it, or put that folder on PYTHONPATH."
+            )
+        path = list(found.submodule_search_locations or ())
+    if found is None or found.origin is None or not Path(found.origin).is_file():
+        raise ConfigError(f"scorers: the module {module} has no source file, so a change in it would go unnoticed.")
+    return Path(found.origin)

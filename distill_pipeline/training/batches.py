@@ -1,0 +1,262 @@
+"""From training rows to the tensors of an optimizer step.
+
+One sequence holds a prompt and all its completions: they form a tree whose trunk is the prompt and whose branches are the
+completions, merged as far as they begin with the same tokens. A token sees its ancestors only and its position is its
+depth, so every completion is read exactly as if it stood alone behind the prompt, and what completions share is computed
+once. The loss of a node is weighted by the number of completions that run through it. The order is depth-first, so the
+ancestors of token i are the tokens j <= i whose subtree ends after i: one number a token describes the whole mask.
+
+Masking: the last prompt token predicts each completion's first token, a completion token the next one, and the last of
+them the end token (only where the teacher finished). Prompt and padding are never predicted, whatever their token ids:
+what is predicted is a list of (position, token) pairs, not a comparison of ids. Earlier assistant turns are prompt.
+
+Decided: layout ``shared`` as above; ``plain`` puts each completion in a sequence of its own with an ordinary causal mask, for
+models that cannot take the other. Both have the same loss and gradient. Gave up: token ids of all rows stay in memory, at
+four bytes a token.
+
+Axes: S sequences, T tokens of the longest one, N pairs, P positions with a pair.
+"""
+
+import hashlib
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from distill_pipeline.errors import TrainingError
+from distill_pipeline.rendering import ChatRenderer
+from distill_pipeline.training.head import Targets
+
+Layout = Literal["shared", "plain"]
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt with its completions as token ids; a completion ends with the end token if the teacher finished it."""
+
+    prompt_id: str
+    prompt: tuple[int, ...]
+    completions: tuple[tuple[int, ...], ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Completion tokens: what the loss is averaged over."""
+        return sum(len(completion) for completion in self.completions)
+
+
+class ExampleSet:
+    """All examples of a student, packed: indexable, four bytes a token."""
+
+    def __init__(self) -> None:
+        self._tokens = array("i")
+        self._spans: list[array[int]] = []
+        self._prompt_ids: list[str] = []
+
+    def append(self, example: Example) -> None:
+        """Add one example."""
+        ends = array("q", [len(self._tokens)])
+        for ids in (example.prompt, *example.completions):
+            self._tokens.extend(ids)
+            ends.append(len(self._tokens))
+        self._spans.append(ends)
+        self._prompt_ids.append(example.prompt_id)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all token ids, their borders and the prompt ids."""
+        digest = hashlib.sha256(self._tokens.tobytes())
+        for ends, prompt_id in zip(self._spans, self._prompt_ids, strict=True):
+            digest.update(ends.tobytes() + prompt_id.encode())
+        return digest.hexdigest()
+
+    def longest(self) -> int:
+        """Tokens of the longest prompt with its longest completion."""
+        return max(ends[1] - ends[0] + max(stop - start for start, stop in pairwise(ends[1:])) for ends in self._spans)
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    def __getitem__(self, index: int) -> Example:
+        ends = self._spans[index]
+        parts = [tuple(self._tokens[start:stop]) for start, stop in pairwise(ends)]
+        return Example(self._prompt_ids[index], parts[0], tuple(parts[1:]))
+
+
+def encode_examples(
+    batches: Iterable[pa.RecordBatch], renderer: ChatRenderer, *, max_length: int
+) -> tuple[ExampleSet, dict[str, int]]:
+    """Render training rows (TRAINING_SCHEMA) to examples, in their order.
+
+    Returns:
+        The examples, and counts that add up: ``completions`` = ``trained_completions`` + ``too_long`` + ``no_tokens``;
+        ``rows``, ``trained_rows`` (with at least one completion left) and ``data_tokens`` (completion tokens of one epoch).
+    Raises:
+        TrainingError: no token is left to train on.
+    """
+    examples = ExampleSet()
+    names = ("rows", "completions", "trained_rows", "trained_completions", "too_long", "no_tokens", "data_tokens")
+    counts = dict.fromkeys(names, 0)
+    for batch in batches:
+        for row in batch.to_pylist():
+            prompt = tuple(renderer.prompt_ids(row["messages"]))
+            kept = []
+            for completion in row["completions"]:
+                ids = renderer.completion_ids(completion["raw_text"], finished=completion["finish_reason"] == "stop")
+                if not ids or not prompt:
+                    counts["no_tokens"] += 1
+                elif len(prompt) + len(ids) > max_length:
+                    counts["too_long"] += 1
+                else:
+                    kept.append(tuple(ids))
+            counts["rows"] += 1
+            counts["completions"] += len(row["completions"])
+            if kept:
+                examples.append(Example(row["prompt_id"], prompt, tuple(kept)))
+                counts["trained_rows"] += 1
+                counts["trained_completions"] += len(kept)
+                counts["data_tokens"] += sum(len(ids) for ids in kept)
+    if not len(examples):
+        raise TrainingError(
+            f"no token to train on: of {counts['completions']} completions in {counts['rows']} rows, {counts['too_long']} are "
+            f"longer than max_length={max_length} with their prompt and {counts['no_tokens']} are empty. "
+            "Raise max_length, or loosen the filter."
+        )
+    return examples, counts
+
+
+@lru_cache(maxsize=2)
+def epoch_order(num_examples: int, *, seed: int, epoch: int) -> tuple[int, ...]:
+    """A permutation of the examples that depends on these three numbers alone."""
+    return tuple(np.random.default_rng([seed, epoch]).permutation(num_examples).tolist())
+
+
+@dataclass
+class TokenTree:
+    """One sequence of a batch: tokens in depth-first order, their depth, where their subtree ends, and their targets."""
+
+    tokens: list[int]
+    depth: list[int]
+    end: list[int]
+    targets: dict[tuple[int, int], int]
+    """How many completions put a token (second) right after a place of this sequence (first)."""
+    prompt_id: str
+
+
+def sequences_of(example: Example, layout: Layout) -> list[TokenTree]:
+    """The sequences of one example: one (``shared``), or one a completion (``plain``)."""
+    groups = [example.completions] if layout == "shared" else [(completion,) for completion in example.completions]
+    return [_tree(example.prompt, completions, example.prompt_id) for completions in groups]
+
+
+def _tree(prompt: tuple[int, ...], completions: Sequence[tuple[int, ...]], prompt_id: str) -> TokenTree:
+    tokens, depth = list(prompt), list(range(len(prompt)))
+    end = [0] * len(prompt)
+    targets: dict[tuple[int, int], int] = {}
+    # Sorted, completions that begin alike stand together, and each one leaves the path of the one before at one place.
+    path: list[int] = []
+    last: tuple[int, ...] = ()
+    for completion in sorted(completions):
+        inputs = completion[:-1]
+        shared = next((i for i, (a, b) in enumerate(zip(last, inputs, strict=False)) if a != b), min(len(last), len(inputs)))
+        for place in path[shared:]:
+            end[place] = len(tokens)
+        del path[shared:]
+        for offset in range(shared, len(inputs)):
+            path.append(len(tokens))
+            tokens.append(inputs[offset])
+            depth.append(len(prompt) + offset)
+            end.append(0)
+        last = inputs
+        for place, target in zip([len(prompt) - 1, *path], completion, strict=True):
+            targets[place, target] = targets.get((place, target), 0) + 1
+    for place in [*range(len(prompt)), *path]:
+        end[place] = len(tokens)
+    return TokenTree(tokens, depth, end, targets, prompt_id)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """The tensors of one forward pass.
+
+    ``token_ids_ST`` and ``position_ids_ST`` are int64, padded on the right with the end token; ``end_ST`` holds the end of each
+    token's subtree; ``places_P`` are indices into the flattened (S * T) hidden states; ``targets`` what they must predict.
+    """
+
+    token_ids_ST: Tensor
+    position_ids_ST: Tensor
+    end_ST: Tensor
+    lengths_S: Tensor
+    places_P: Tensor
+    targets: Targets
+    num_tokens: int
+    prompt_ids: tuple[str, ...]
+    layout: Layout
+
+    def to(self, device: str) -> "MicroBatch":
+        """The same batch on a device."""
+        if device == "cpu":
+            return self
+        moved: dict[str, Any] = {key: x.to(device) for key, x in vars(self).items() if isinstance(x, Tensor)}
+        targets: dict[str, Any] = {key: x.to(device) for key, x in vars(self.targets).items() if isinstance(x, Tensor)}
+        return replace(self, **moved, targets=replace(self.targets, **targets))
+
+    def attention_mask(self, *, additive: bool) -> Tensor:
+        """What the model takes: (S, T) of ones and zeros in layout ``plain``, else (S, 1, T, T), boolean or additive."""
+        place_T = torch.arange(self.token_ids_ST.shape[1], device=self.token_ids_ST.device)
+        if self.layout == "plain":
+            return (place_T < self.lengths_S[:, None]).long()
+        # Padding has end = its own place + 1: it sees itself, so that no row of the mask is empty, and nobody sees it.
+        seen_STT = (place_T[:, None] >= place_T) & (place_T[:, None] < self.end_ST[:, None, :])
+        mask = seen_STT[:, None]
+        if not additive:
+            return mask
+        return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, torch.finfo(torch.float32).min)
+
+
+def micro_batches(examples: Sequence[Example], *, layout: Layout, max_tokens: int, pad_id: int) -> Iterator[MicroBatch]:
+    """Cut the examples of one optimizer step into forward passes of at most ``max_tokens`` tokens, padding included.
+
+    Sequences of similar length go together; one that alone is longer than ``max_tokens`` goes alone.
+    """
+    sequences = [sequence for example in examples for sequence in sequences_of(example, layout)]
+    sequences.sort(key=lambda sequence: -len(sequence.tokens))
+    start = 0
+    while start < len(sequences):
+        fit = max(1, max_tokens // len(sequences[start].tokens))
+        yield collate(sequences[start : start + fit], layout=layout, pad_id=pad_id)
+        start += fit
+
+
+def collate(sequences: Sequence[TokenTree], *, layout: Layout, pad_id: int) -> MicroBatch:
+    """Pad sequences to one length and gather their targets."""
+    width = max(len(sequence.tokens) for sequence in sequences)
+    token_ids = np.full((len(sequences), width), pad_id, dtype=np.int64)
+    position_ids = np.zeros((len(sequences), width), dtype=np.int64)
+    end = np.tile(np.arange(1, width + 1, dtype=np.int64), (len(sequences), 1))
+    places: list[int] = []
+    bounds: list[int] = [0]
+    pairs: list[tuple[int, int, int]] = []
+    for row, sequence in enumerate(sequences):
+        length = len(sequence.tokens)
+        token_ids[row, :length], position_ids[row, :length], end[row, :length] = sequence.tokens, sequence.depth, sequence.end
+        for (place, target), weight in sorted(sequence.targets.items()):
+            flat = row * width + place
+            if not places or places[-1] != flat:
+                places.append(flat)
+                bounds.append(len(pairs))
+            pairs.append((len(places) - 1, target, weight))
+            bounds[-1] = len(pairs)
+    position_N, target_N, weight_N = (torch.tensor(column) for column in zip(*pairs, strict=True))
+    weight_P = torch.zeros(len(places)).index_add_(0, position_N, weight_N.float())
+    lengths = [len(sequence.tokens) for sequence in sequences]
+    return MicroBatch(
+        torch.from_numpy(token_ids), torch.from_numpy(position_ids), torch.from_numpy(end), torch.tensor(lengths),
+        torch.tensor(places), Targets(bounds, position_N, target_N, weight_N.float(), weight_P), int(weight_N.sum()),
+        tuple(dict.fromkeys(sequence.prompt_id for sequence in sequences)), layout,
+    )  # fmt: skip

@@ -1,0 +1,217 @@
+"""The output head and the losses on it, a chunk of tokens at a time: the logits of a batch never exist at once.
+
+A vocabulary of 50,000 makes logits two hundred times as large as the hidden states they come from, and a divergence needs
+several arrays of their size. Here a chunk of hidden states goes through the head, its losses and the gradient by its
+logits are written in closed form, and that gradient goes straight back into the hidden states and the head's weights, all
+in the forward pass. Work between the two matrix products runs over a few rows at a time, which stay in the cache.
+
+Decided: gradients are made in the forward pass and only scaled in the backward pass; the sums are divided by the token
+count of the whole optimizer step, so that micro-batches add up to exactly the loss of the global batch.
+Given up: heads that are more than a matrix (bias, soft-capping, scaling); ``plain_head`` refuses them.
+
+Axes: P positions with a loss, N (position, target) pairs, H hidden width, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill_pipeline.errors import TrainingError
+from distill_pipeline.losses import cross_entropy_with_gradient, divergence_with_gradient, log_probs
+
+CHUNK_TOKENS = 128
+"""Tokens whose logits exist at once: fewer starve the matrix product, more cost memory and gain nothing."""
+
+BLOCK_ELEMENTS = 1 << 19
+"""Logits that the losses work on at once on a CPU: 2 MiB an array, so that a handful stay in the cache."""
+
+SCALING_ATTRIBUTES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
+"""What configurations call a function that follows the head."""
+
+PROBE_TOLERANCE = 1e-3
+"""How far, relative to the largest logit, a model's own logits may lie from hidden states times head."""
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the positions of a batch must predict.
+
+    Position i has the pairs ``pair_bounds[i] : pair_bounds[i + 1]``: token ids and how many completions go on with each.
+    ``weight_P`` is the sum of a position's pair weights: the completion tokens it stands for.
+    """
+
+    pair_bounds: list[int]
+    pair_position_N: Tensor
+    pair_target_N: Tensor
+    pair_weight_N: Tensor
+    weight_P: Tensor
+
+    def cut(self, start: int, stop: int) -> "Targets":
+        """The targets of positions ``start : stop``, renumbered from 0."""
+        first, last = self.pair_bounds[start], self.pair_bounds[stop]
+        pairs = slice(first, last)
+        bounds = [bound - first for bound in self.pair_bounds[start : stop + 1]]
+        position_N = self.pair_position_N[pairs] - start
+        return Targets(bounds, position_N, self.pair_target_N[pairs], self.pair_weight_N[pairs], self.weight_P[start:stop])
+
+
+@dataclass(frozen=True)
+class HeadLoss:
+    """``loss`` carries the gradient; ``divergence`` (0 without a teacher) and ``cross_entropy`` are its parts, unweighted.
+
+    All three are float32 sums over this call's tokens divided by ``num_tokens``.
+    """
+
+    loss: Tensor
+    divergence: Tensor
+    cross_entropy: Tensor
+
+
+def head_loss(
+    hidden_PH: Tensor,
+    weight_VH: Tensor,
+    targets: Targets,
+    *,
+    num_tokens: float,
+    teacher_hidden_PH: Tensor | None = None,
+    teacher_weight_VH: Tensor | None = None,
+    divergence: str = "forward_kl",
+    kd_temperature: float = 1.0,
+    ce_weight: float = 1.0,
+    chunk_tokens: int = CHUNK_TOKENS,
+) -> HeadLoss:
+    """(1 - ce_weight) kd_temperature^2 divergence + ce_weight cross-entropy, summed and divided by ``num_tokens``.
+
+    Args:
+        hidden_PH: student's hidden states at positions with a loss; teacher's may have another width, on the same positions.
+        num_tokens: completion tokens of the whole optimizer step, over all its micro-batches.
+        teacher_hidden_PH, teacher_weight_VH: both or none; without them the loss is cross-entropy alone (ce_weight 1).
+    Raises:
+        ValueError: a teacher is missing although ce_weight is below 1, or the vocabularies' widths differ.
+    """
+    if teacher_hidden_PH is None or teacher_weight_VH is None:
+        if ce_weight != 1.0:
+            raise ValueError(f"ce_weight is {ce_weight}, but there is no teacher to take the other share from")
+    elif teacher_weight_VH.shape[0] != weight_VH.shape[0]:
+        raise ValueError(f"the heads have {weight_VH.shape[0]} and {teacher_weight_VH.shape[0]} rows: cut both to one width")
+    settings = (num_tokens, divergence, kd_temperature, ce_weight, chunk_tokens)
+    loss, kl, ce = _HeadLoss.apply(  # type: ignore[no-untyped-call]
+        hidden_PH, weight_VH, teacher_hidden_PH, teacher_weight_VH, targets, settings
+    )
+    return HeadLoss(loss, kl, ce)
+
+
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_PH: Tensor,
+        weight_VH: Tensor,
+        teacher_hidden_PH: Tensor | None,
+        teacher_weight_VH: Tensor | None,
+        targets: Targets,
+        settings: tuple[float, str, float, float, int],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        num_tokens, divergence, kd_temperature, ce_weight, chunk_tokens = settings
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        matrix_VH = weight_VH.to(hidden_PH.dtype)
+        teacher_VH = None if teacher_weight_VH is None else teacher_weight_VH.to(teacher_hidden_PH.dtype)  # type: ignore[union-attr]
+        grad_hidden_PH = torch.empty_like(hidden_PH) if need_hidden else None
+        grad_weight_VH: Tensor | None = None
+        sums = hidden_PH.new_zeros(2, dtype=torch.float32)
+        for start in range(0, len(hidden_PH), chunk_tokens):
+            stop = min(start + chunk_tokens, len(hidden_PH))
+            chunk_CH = hidden_PH[start:stop]
+            logits_CV = chunk_CH @ matrix_VH.T
+            teacher_CV = None if teacher_VH is None else teacher_hidden_PH[start:stop] @ teacher_VH.T  # type: ignore[index]
+            sums += _losses_in_place(
+                logits_CV, teacher_CV, targets.cut(start, stop), divergence, kd_temperature, ce_weight, 1.0 / num_tokens
+            )
+            if grad_hidden_PH is not None:
+                torch.mm(logits_CV, matrix_VH, out=grad_hidden_PH[start:stop])
+            if need_weight and grad_weight_VH is None:
+                grad_weight_VH = (logits_CV.T @ chunk_CH).to(torch.float32)
+            elif grad_weight_VH is not None and logits_CV.dtype == torch.float32:
+                grad_weight_VH.addmm_(logits_CV.T, chunk_CH)
+            elif grad_weight_VH is not None:
+                grad_weight_VH += logits_CV.T @ chunk_CH
+        if need_weight and grad_weight_VH is None:
+            grad_weight_VH = torch.zeros_like(weight_VH)
+        ctx.gradients = (grad_hidden_PH, None if grad_weight_VH is None else grad_weight_VH.to(weight_VH.dtype))
+        divergence_mean, cross_entropy_mean = sums[0] / num_tokens, sums[1] / num_tokens
+        ctx.mark_non_differentiable(divergence_mean, cross_entropy_mean)
+        loss = (1.0 - ce_weight) * divergence_mean + ce_weight * cross_entropy_mean
+        return loss, divergence_mean, cross_entropy_mean
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        gradients, ctx.gradients = ctx.gradients, None
+        scale = float(grad)
+        if scale != 1.0:
+            gradients = tuple(None if gradient is None else gradient.mul_(scale) for gradient in gradients)
+        return (*gradients, None, None, None, None)
+
+
+def _losses_in_place(
+    logits_CV: Tensor, teacher_CV: Tensor | None, targets: Targets, divergence: str, kd_temperature: float,
+    ce_weight: float, scale: float,
+) -> Tensor:  # fmt: skip
+    """(summed divergence, summed cross-entropy), float32; ``logits_CV`` becomes the gradient of ``scale`` times the loss."""
+    rows = len(logits_CV) if logits_CV.is_cuda else max(1, BLOCK_ELEMENTS // logits_CV.shape[1])
+    sums = logits_CV.new_zeros(2, dtype=torch.float32)
+    for start in range(0, len(logits_CV), rows):
+        block_RV = logits_CV[start : start + rows]
+        part = targets.cut(start, start + len(block_RV))
+        pairs = (part.pair_position_N, part.pair_target_N, part.pair_weight_N)
+        log_q_RV = log_probs(block_RV)
+        ce_N, ce_grad_RV = cross_entropy_with_gradient(log_q_RV, *pairs, want_gradient=ce_weight > 0.0)
+        sums[1] += ce_N @ part.pair_weight_N
+        if teacher_CV is None:
+            assert ce_grad_RV is not None
+            block_RV.copy_(ce_grad_RV.mul_(ce_weight * scale))
+            continue
+        if kd_temperature != 1.0:
+            log_q_RV = log_probs(block_RV, kd_temperature)
+        log_p_RV = log_probs(teacher_CV[start : start + rows], kd_temperature)
+        kl_R, kl_grad_RV = divergence_with_gradient(divergence, log_q_RV, log_p_RV, kd_temperature=kd_temperature)
+        sums[0] += kl_R @ part.weight_P
+        block_RV.copy_(kl_grad_RV.mul_((part.weight_P * ((1.0 - ce_weight) * scale))[:, None]))
+        if ce_grad_RV is not None:
+            block_RV.add_(ce_grad_RV, alpha=ce_weight * scale)
+    return sums
+
+
+def plain_head(model: Any) -> Tensor:
+    """The (V, H) matrix that turns the last hidden states of a causal language model into its logits.
+
+    Raises:
+        TrainingError: the logits are anything else than hidden states times that matrix (a bias, soft-capping, a scale):
+            a loss on the matrix alone would silently be another model's loss.
+    """
+    name = type(model).__name__
+    head = model.get_output_embeddings()
+    if model.base_model is model or not isinstance(getattr(head, "weight", None), Tensor):
+        raise TrainingError(f"{name} has no output embedding; distillation needs a causal language model with a linear head")
+    config = model.config.get_text_config()
+    known = {key: getattr(config, key, None) for key in SCALING_ATTRIBUTES}
+    scaled = {key: value for key, value in known.items() if value not in (None, 1, 1.0)}
+    if scaled or getattr(head, "bias", None) is not None:
+        cause = ", ".join(f"{key}={value}" for key, value in scaled.items()) or "a bias"
+        raise TrainingError(f"the head of {name} is not a plain matrix ({cause}). Choose a model without it.")
+    weight_VH: Tensor = head.weight
+    probe = torch.arange(2, min(10, weight_VH.shape[0]), device=weight_VH.device)[None]
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        logits_BTV = model(input_ids=probe, use_cache=False).logits.float()
+        ours_BTV = (model.base_model(input_ids=probe, use_cache=False).last_hidden_state @ weight_VH.T).float()
+    model.train(was_training)
+    if logits_BTV.shape != ours_BTV.shape or not torch.allclose(
+        logits_BTV, ours_BTV, rtol=PROBE_TOLERANCE, atol=PROBE_TOLERANCE * float(logits_BTV.abs().max())
+    ):
+        raise TrainingError(f"the logits of {name} are not its last hidden states times its output embedding. "
+                            "Choose a model with a plain linear head.")  # fmt: skip
+    return weight_VH

@@ -1,0 +1,238 @@
+"""The training loop: stages in order, optimizer steps within a stage, micro-batches within a step.
+
+The loss of a step is the sum over its completion tokens divided by their number, whatever the micro-batches. The data of
+step s of a stage follow from (seed, epoch) alone, so a run that is killed goes on from its last checkpoint with the same
+losses as one that was not. A loss or gradient that is not a number stops the run before the weights are touched.
+
+Decided: AdamW with one state per stage; no weight decay on vectors (norms, biases); weights and losses in float32, on CUDA
+the forward passes in bfloat16. Given up: training a model that does not fit one device.
+"""
+
+import contextlib
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill_pipeline.errors import TrainingError
+from distill_pipeline.outcome import Progress
+from distill_pipeline.training.batches import Example, ExampleSet, Layout, MicroBatch, epoch_order, micro_batches
+from distill_pipeline.training.checkpoints import Checkpoint, save_checkpoint
+from distill_pipeline.training.head import head_loss
+from distill_pipeline.training.layout import hidden_states
+from distill_pipeline.training.spec import TrainStageSpec
+
+PROGRESS_SECONDS = 5.0
+CHECKPOINT_SHARE = 0.05
+"""Most of the training time that checkpoints may take: a slow disk makes them rarer."""
+
+ADAM_BETAS = (0.9, 0.95)
+
+
+@dataclass(frozen=True)
+class ModelPair:
+    """Student and frozen teacher (None where no stage needs one), with their heads.
+
+    ``vocab_width`` is the narrower head's number of rows: the wider one is cut there, at padding that no token uses.
+    """
+
+    student: Any
+    student_head_VH: Tensor
+    vocab_width: int
+    teacher: Any = None
+    teacher_head_VH: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class StepLoss:
+    """Of one optimizer step, in nats a token: the loss, and its parts before weighting."""
+
+    loss: float
+    kl: float
+    ce: float
+    num_tokens: int
+
+
+@dataclass
+class TrainingRun:
+    """One student's training, from its first step to its last."""
+
+    models: ModelPair
+    stages: Sequence[TrainStageSpec]
+    examples: ExampleSet
+    layout: Layout
+    pad_id: int
+    seed: int
+    device: str
+    use_bfloat16: bool
+    checkpoint_dir: Path
+    checkpoint_state: dict[str, Any]
+    checkpoint_seconds: float
+    progress: Progress
+    curve: list[dict[str, Any]] = field(default_factory=list)
+    trained_tokens: int = 0
+    first_tokens: int = 0
+    """Tokens that an earlier, interrupted run had trained."""
+    seconds: float = 0.0
+
+    def run(self, resume: Checkpoint | None) -> None:
+        """Train all stages; ``curve`` then has one row a step. With ``resume``, go on where that checkpoint stopped.
+
+        Raises:
+            TrainingError: a loss or gradient is not a number.
+        """
+        first_stage = first_step = 0
+        if resume is not None:
+            self.curve, self.trained_tokens = list(resume.state["curve"]), resume.state["trained_tokens"]
+            self.first_tokens = self.trained_tokens
+            first_stage, first_step = resume.state["stage"], resume.state["step"]
+        for index in range(first_stage, len(self.stages)):
+            self._run_stage(index, first_step if index == first_stage else 0, resume if index == first_stage else None)
+
+    def _run_stage(self, index: int, first_step: int, resume: Checkpoint | None) -> None:
+        stage, student = self.stages[index], self.models.student
+        optimizer = make_optimizer(student, stage)
+        if resume is not None:
+            resume.restore(student, optimizer if first_step else None)
+        total, start = stage_steps(stage, len(self.examples)), time.monotonic()
+        saved_at, spoke_at, tokens_before, pause = start, start, self.trained_tokens, self.checkpoint_seconds
+        student.train()
+        for step in range(first_step, total):
+            batch = step_examples(self.examples, stage, self.seed, step)
+            self._train_step(index, step, total, batch, optimizer)
+            now = time.monotonic()
+            if now - spoke_at >= PROGRESS_SECONDS or step + 1 == total:
+                rate = (self.trained_tokens - tokens_before) / max(now - start, 1e-9)
+                left = (now - start) / (step + 1 - first_step) * (total - step - 1)
+                self.progress(f"{stage.method} step {step + 1}/{total}, loss {self.curve[-1]['loss']:.4f}, "
+                              f"{rate:.0f} tokens/s, {left:.0f} s left")  # fmt: skip
+                spoke_at = now
+            if now - saved_at >= pause and step + 1 < total:
+                self._save(index, step + 1, optimizer)
+                saved_at = time.monotonic()
+                pause = max(self.checkpoint_seconds, (saved_at - now) / CHECKPOINT_SHARE)
+        self.seconds += time.monotonic() - start
+        if index + 1 < len(self.stages):
+            self._save(index + 1, 0, optimizer)
+
+    def _train_step(
+        self, index: int, step: int, total: int, batch: Sequence[Example], optimizer: torch.optim.Optimizer
+    ) -> None:
+        stage, student = self.stages[index], self.models.student
+        rate = learning_rate(stage, step, total)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.zero_grad(set_to_none=True)
+        result = accumulate_gradients(
+            self.models, batch, stage, layout=self.layout, pad_id=self.pad_id, device=self.device,
+            use_bfloat16=self.use_bfloat16,
+        )  # fmt: skip
+        norm = float(torch.nn.utils.clip_grad_norm_(student.parameters(), stage.clip_norm or math.inf))
+        if not (math.isfinite(result.loss) and math.isfinite(norm)):
+            names = ", ".join(example.prompt_id for example in batch)
+            raise TrainingError(
+                f"stage {index + 1} ({stage.method}), step {step + 1} of {total}: the loss is {result.loss} and the gradient "
+                f"norm {norm}. The weights were not changed. Lower lr ({stage.lr}) or look at these prompts: {names}"
+            )
+        optimizer.step()
+        self.trained_tokens += result.num_tokens
+        self.curve.append({
+            "step": len(self.curve) + 1, "stage": index, "method": stage.method, "loss": result.loss,
+            "kl": result.kl if stage.method == "logit_kd" else None, "ce": result.ce, "lr": rate, "grad_norm": norm,
+            "tokens": self.trained_tokens,
+        })  # fmt: skip
+
+    def _save(self, stage: int, step: int, optimizer: torch.optim.Optimizer) -> None:
+        state = self.checkpoint_state | {
+            "stage": stage, "step": step, "curve": self.curve, "trained_tokens": self.trained_tokens,
+        }  # fmt: skip
+        save_checkpoint(self.checkpoint_dir, len(self.curve), self.models.student, optimizer, state)
+
+
+def accumulate_gradients(
+    models: ModelPair,
+    batch: Sequence[Example],
+    stage: TrainStageSpec,
+    *,
+    layout: Layout,
+    pad_id: int,
+    device: str,
+    use_bfloat16: bool = False,
+) -> StepLoss:
+    """Add the gradient of one global batch to the student's parameters, micro-batch by micro-batch.
+
+    The same loss and gradient whatever ``stage.micro_batch_tokens`` and ``layout`` (to rounding).
+    """
+    num_tokens = sum(example.num_tokens for example in batch)
+    sums = torch.zeros(3, device=device)
+    for part in micro_batches(batch, layout=layout, max_tokens=stage.micro_batch_tokens, pad_id=pad_id):
+        sums += _micro_step(models, part.to(device), stage, num_tokens, use_bfloat16)
+    loss, kl, ce = sums.tolist()
+    return StepLoss(loss, kl, ce, num_tokens)
+
+
+def _micro_step(models: ModelPair, part: MicroBatch, stage: TrainStageSpec, num_tokens: int, use_bfloat16: bool) -> Tensor:
+    def cast() -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast(part.token_ids_ST.device.type, torch.bfloat16) if use_bfloat16 else contextlib.nullcontext()
+
+    is_kd = stage.method == "logit_kd"
+    teacher_hidden_PH = None
+    if is_kd:
+        with torch.inference_mode(), cast():
+            teacher_hidden_PH = hidden_states(models.teacher, part)
+    with cast():
+        hidden_PH = hidden_states(models.student, part)
+    if use_bfloat16:
+        hidden_PH = hidden_PH.to(torch.bfloat16)
+        teacher_hidden_PH = None if teacher_hidden_PH is None else teacher_hidden_PH.to(torch.bfloat16)
+    student_VH, teacher_VH = models.student_head_VH, models.teacher_head_VH if is_kd else None
+    if len(student_VH) != models.vocab_width:
+        student_VH = student_VH[: models.vocab_width]
+    if teacher_VH is not None:
+        teacher_VH = teacher_VH[: models.vocab_width]
+    result = head_loss(
+        hidden_PH, student_VH, part.targets, num_tokens=num_tokens, teacher_hidden_PH=teacher_hidden_PH,
+        teacher_weight_VH=teacher_VH, divergence=stage.divergence,
+        kd_temperature=stage.kd_temperature, ce_weight=stage.ce_weight if is_kd else 1.0,
+    )  # fmt: skip
+    result.loss.backward()  # type: ignore[no-untyped-call]
+    return torch.stack([result.loss.detach(), result.divergence, result.cross_entropy])
+
+
+def make_optimizer(student: Any, stage: TrainStageSpec) -> torch.optim.Optimizer:
+    """AdamW in one fused pass; weight decay on matrices only."""
+    parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": stage.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=stage.lr, betas=ADAM_BETAS, fused=True)
+
+
+def stage_steps(stage: TrainStageSpec, num_examples: int) -> int:
+    """Optimizer steps of a stage; a part of an epoch is rounded up to whole steps."""
+    steps = max(1, math.ceil(stage.epochs * math.ceil(num_examples / stage.batch_prompts) - 1e-9))
+    return steps if stage.max_steps is None else min(steps, stage.max_steps)
+
+
+def step_examples(examples: ExampleSet, stage: TrainStageSpec, seed: int, step: int) -> list[Example]:
+    """The prompts of one optimizer step: a slice of its epoch's permutation. An epoch's last step may be smaller."""
+    epoch, index = divmod(step, math.ceil(len(examples) / stage.batch_prompts))
+    order = epoch_order(len(examples), seed=seed, epoch=epoch)
+    return [examples[i] for i in order[index * stage.batch_prompts : (index + 1) * stage.batch_prompts]]
+
+
+def learning_rate(stage: TrainStageSpec, step: int, total: int) -> float:
+    """Rises linearly over the first ``warmup_frac`` of the steps, then follows ``schedule`` down to zero (or stays)."""
+    warmup = math.ceil(stage.warmup_frac * total)
+    if step < warmup:
+        return stage.lr * (step + 1) / (warmup + 1)
+    done = (step - warmup) / max(1, total - warmup)
+    if stage.schedule == "constant":
+        return stage.lr
+    return stage.lr * (1.0 - done if stage.schedule == "linear" else (1.0 + math.cos(math.pi * done)) / 2)

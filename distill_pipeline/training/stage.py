@@ -1,0 +1,208 @@
+"""Train one student: from accepted completions and a teacher to a model folder with its training curve.
+
+Writes ``model.safetensors``, ``config.json``, the tokenizer's files and ``curve.parquet`` (one row an optimizer step: step
+from 1, stage from 0, method, loss, kl (null in sft), ce, lr, grad_norm, tokens seen so far; losses in nats a token). Times
+are facts, never in a file, so that equal runs leave equal files.
+
+Decided: where student and teacher give the same meaning to every token id, both use the teacher's tokenizer and chat
+template, so they see the same tokens that generation saw. Otherwise the student keeps its own, and only sft is possible.
+"""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from distill_pipeline.errors import TrainingError, VocabularyMismatchError
+from distill_pipeline.hashing import version_of
+from distill_pipeline.models.load import load_model, load_tokenizer, resolve_device
+from distill_pipeline.models.resolve import ModelFolder
+from distill_pipeline.outcome import Outcome, Progress
+from distill_pipeline.rendering import ChatRenderer
+from distill_pipeline.training.batches import ExampleSet, encode_examples, epoch_order
+from distill_pipeline.training.checkpoints import Checkpoint, latest_checkpoint, remove_checkpoints
+from distill_pipeline.training.head import plain_head
+from distill_pipeline.training.layout import choose_layout
+from distill_pipeline.training.loop import ModelPair, TrainingRun
+from distill_pipeline.training.spec import ALGORITHM, StudentSpec
+from distill_pipeline.training.student import InitialStudent, initial_student
+
+CALIBRATION_EXAMPLES = 128
+"""Prompts, with one completion each, on which block influence is measured."""
+
+CURVE_SCHEMA = pa.schema(
+    [
+        ("step", pa.int64()), ("stage", pa.int32()), ("method", pa.string()), ("loss", pa.float64()), ("kl", pa.float64()),
+        ("ce", pa.float64()), ("lr", pa.float64()), ("grad_norm", pa.float64()), ("tokens", pa.int64()),
+    ]
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Text:
+    """Who reads the data: renderer, whose tokenizer it is, and the examples."""
+
+    renderer: ChatRenderer
+    owner: str
+    examples: ExampleSet
+    counts: dict[str, int]
+
+
+def train_student(
+    training_batches: Iterable[pa.RecordBatch],
+    out_dir: Path,
+    work_dir: Path,
+    *,
+    student: StudentSpec,
+    teacher: ModelFolder,
+    init_model: ModelFolder | None,
+    system: str | None,
+    device: str,
+    seed: int,
+    progress: Progress,
+    checkpoint_seconds: float = 60.0,
+) -> Outcome:
+    """Train a student and write it to ``out_dir``.
+
+    Args:
+        training_batches: rows of TRAINING_SCHEMA, in a fixed order.
+        work_dir: keeps checkpoints between runs; a run that was killed goes on from the last one.
+        init_model: the folder of ``student.init.model``, else None.
+        system: the teacher's system prompt.
+        device: a torch device or ``auto``; on CUDA forward passes are in bfloat16.
+        checkpoint_seconds: at least so long between two checkpoints.
+    Raises:
+        TrainingError: nothing to train on, an architecture this cannot train, or a loss that is not a number.
+        VocabularyMismatchError: logit_kd with models whose token ids mean different things.
+    """
+    device = resolve_device(device)
+    text = _read_text(training_batches, student, teacher, init_model, system)
+    run_key = version_of(
+        {"algorithm": ALGORITHM, "student": student.document(), "teacher": teacher.identity, "seed": seed,
+         "init_model": init_model.identity if init_model else None, "renderer": text.renderer.fingerprint,
+         "data": text.examples.fingerprint(), "device": torch.device(device).type}
+    )  # fmt: skip
+    checkpoint_dir = work_dir / "checkpoints"
+    resume = latest_checkpoint(checkpoint_dir, run_key, progress)
+    if resume is not None:
+        progress(f"going on from {resume.folder}: {len(resume.state['curve'])} steps are done")
+    torch.manual_seed(seed)
+    initial = _initial(student, teacher, init_model, text, seed, device, resume)
+    progress(f"student: {initial.facts['parameters']:,} parameters, {initial.facts['share']:.0%} of the teacher's")
+    needs_teacher = any(stage.method == "logit_kd" for stage in student.stages)
+    use_bfloat16 = torch.device(device).type == "cuda"
+    pair = _pair(initial.model, teacher if needs_teacher else None, text, device, use_bfloat16)
+    models = [model for model in (pair.student, pair.teacher) if model is not None]
+    layout, reason = choose_layout(models, text.examples.longest())
+    hash_before = parameters_sha256(pair.teacher) if pair.teacher is not None else None
+    run = TrainingRun(
+        pair, student.stages, text.examples, layout, text.renderer.end_token_id, seed, device, use_bfloat16, checkpoint_dir,
+        {"run_key": run_key, "init": initial.facts}, checkpoint_seconds, progress,
+    )  # fmt: skip
+    run.run(resume)
+    hash_after = parameters_sha256(pair.teacher) if pair.teacher is not None else None
+    if hash_before != hash_after:
+        raise TrainingError(f"the teacher {teacher.reference} changed while the student trained: {hash_before} to {hash_after}")
+    _write_student(pair.student, text.renderer.tokenizer, run.curve, out_dir)
+    remove_checkpoints(checkpoint_dir)
+    facts = initial.facts | _run_facts(run) | {
+        "layout": layout, "layout_reason": reason, "tokenizer": text.owner, "renderer": text.renderer.fingerprint,
+        "teacher_sha256_before": hash_before, "teacher_sha256_after": hash_after, "device": device,
+        "dtype": "bfloat16 forward, float32 weights" if use_bfloat16 else "float32",
+        "resumed_from_step": len(resume.state["curve"]) if resume is not None else None,
+        "stages": [stage.model_dump(mode="json") for stage in student.stages],
+    }  # fmt: skip
+    return Outcome(text.counts | {"steps": len(run.curve), "trained_tokens": run.trained_tokens}, facts)
+
+
+def parameters_sha256(model: Any) -> str:
+    """SHA-256 of a model's parameters: names, and bytes."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(name.encode())
+        digest.update(memoryview(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def _read_text(
+    batches: Iterable[pa.RecordBatch], student: StudentSpec, teacher: ModelFolder, init_model: ModelFolder | None,
+    system: str | None,
+) -> _Text:  # fmt: skip
+    tokenizer, owner = load_tokenizer(teacher.path), "teacher"
+    if init_model is not None:
+        own = load_tokenizer(init_model.path)
+        differing = different_ids(own.get_vocab(), tokenizer.get_vocab())
+        if differing and any(stage.method == "logit_kd" for stage in student.stages):
+            raise VocabularyMismatchError(
+                f"{init_model.reference} and {teacher.reference} give different meanings to {len(differing)} token ids, for "
+                f"instance {', '.join(differing[:5])}. Use sft, or a student with the teacher's tokenizer."
+            )
+        if differing:
+            tokenizer, owner = own, "student"
+    renderer = ChatRenderer(tokenizer, system=system)
+    examples, counts = encode_examples(batches, renderer, max_length=student.max_length)
+    return _Text(renderer, owner, examples, counts)
+
+
+def different_ids(student_vocab: dict[str, int], teacher_vocab: dict[str, int]) -> list[str]:
+    """Token ids that mean different things in two vocabularies, each as ``id: 'student token' / 'teacher token'``."""
+    student_tokens = {index: token for token, index in student_vocab.items()}
+    teacher_tokens = {index: token for token, index in teacher_vocab.items()}
+    differing = [
+        i for i in sorted(student_tokens.keys() | teacher_tokens.keys()) if student_tokens.get(i) != teacher_tokens.get(i)
+    ]
+    return [f"{i}: {student_tokens.get(i)!r} / {teacher_tokens.get(i)!r}" for i in differing]
+
+
+def _initial(
+    student: StudentSpec, teacher: ModelFolder, init_model: ModelFolder | None, text: _Text, seed: int, device: str,
+    resume: Checkpoint | None,
+) -> InitialStudent:  # fmt: skip
+    if resume is not None:
+        facts = resume.state["init"]
+        made = initial_student(student.init, teacher, init_model, [], seed, device, facts.get("kept_layers"))
+        return InitialStudent(made.model, facts)
+    chosen = epoch_order(len(text.examples), seed=seed, epoch=0)[:CALIBRATION_EXAMPLES]
+    calibration = [[*text.examples[i].prompt, *text.examples[i].completions[0]] for i in chosen]
+    return initial_student(student.init, teacher, init_model, calibration, seed, device)
+
+
+def _pair(model: Any, teacher: ModelFolder | None, text: _Text, device: str, use_bfloat16: bool) -> ModelPair:
+    """Student and teacher in memory, with their heads."""
+    head_VH = plain_head(model)
+    width, frozen, teacher_head_VH = len(head_VH), None, None
+    if teacher is not None:
+        frozen = load_model(teacher.path, device=device, dtype="bfloat16" if use_bfloat16 else "float32")
+        frozen.eval().requires_grad_(False)
+        teacher_head_VH = plain_head(frozen)
+        width = min(width, len(teacher_head_VH))
+    if text.renderer.vocab_size > width:
+        raise VocabularyMismatchError(
+            f"the tokenizer has {text.renderer.vocab_size} ids and the models' heads only {width} in common. "
+            "Choose a model whose embedding covers its tokenizer."
+        )
+    return ModelPair(model, head_VH, width, frozen, teacher_head_VH)
+
+
+def _write_student(model: Any, tokenizer: Any, curve: Sequence[dict[str, Any]], out_dir: Path) -> None:
+    out_dir.mkdir(parents=True, exist_ok=True)
+    model.eval()
+    model.config._name_or_path = ""
+    model.save_pretrained(out_dir, max_shard_size="10TB")
+    tokenizer.save_pretrained(out_dir)
+    pq.write_table(pa.Table.from_pylist(list(curve), schema=CURVE_SCHEMA), out_dir / "curve.parquet")
+
+
+def _run_facts(run: TrainingRun) -> dict[str, Any]:
+    losses = [row["loss"] for row in run.curve]
+    last = losses[-max(1, len(losses) // 10) :]
+    resumed_tokens = run.trained_tokens - run.first_tokens
+    return {
+        "initial_loss": losses[0], "final_loss": sum(last) / len(last), "seconds": round(run.seconds, 3),
+        "tokens_per_second": round(resumed_tokens / max(run.seconds, 1e-9), 1),
+    }  # fmt: skip

@@ -1,0 +1,87 @@
+"""One node to be made, with everything its stage may ask for: stored inputs, devices, models, evaluation documents."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from distill_pipeline.experiment import Experiment
+from distill_pipeline.nodes import Node
+from distill_pipeline.outcome import Progress
+from distill_pipeline.storage.artifacts import Artifact, ArtifactStore
+
+if TYPE_CHECKING:
+    from distill_pipeline.models.resolve import ModelFolder
+    from distill_pipeline.prompts.contamination import ContaminationIndex
+
+
+@dataclass(frozen=True)
+class Work:
+    """One node to be made: its stored inputs and where to run it."""
+
+    experiment: Experiment
+    store: ArtifactStore
+    node: Node
+    inputs: Mapping[str, Artifact]
+    teacher_device: str
+    student_device: str
+    progress: Progress
+    force: bool = False
+
+    def model(self, reference: str, revision: str | None = None) -> "ModelFolder":
+        """The local folder of a model the experiment names; fetched and converted once."""
+        from distill_pipeline.models.resolve import resolve_model
+
+        return resolve_model(
+            reference, models_dir=self.store.local_folder("models"), base_dir=self.experiment.base_dir, revision=revision,
+            progress=self.progress,
+        )  # fmt: skip
+
+    @property
+    def teacher_name(self) -> str:
+        """The node's teacher; for a student the one it imitates."""
+        if self.node.student is not None:
+            return self.experiment.teacher_of(self.node.student)
+        assert self.node.teacher is not None, f"{self.node.name} has no teacher"
+        return self.node.teacher
+
+    def teacher_model(self) -> "ModelFolder":
+        """The folder of the node's teacher."""
+        teacher = self.experiment.teachers[self.teacher_name]
+        return self.model(teacher.model, teacher.revision)
+
+    def input(self, prefix: str) -> Artifact:
+        """The only input whose name begins so."""
+        (found,) = (artifact for name, artifact in self.inputs.items() if name.split("/")[0] == prefix)
+        return found
+
+
+@lru_cache(maxsize=8)
+def _documents(tasks: tuple[str, ...], include_path: str | None) -> tuple[tuple[str, str], ...]:
+    from distill_pipeline.evaluation.tasks import evaluation_documents
+
+    return tuple(evaluation_documents(tasks, include_path))
+
+
+def evaluation_documents_of(experiment: Experiment) -> tuple[tuple[str, str], ...]:
+    """(id, text) of every document of the experiment's evaluation tasks."""
+    folder = experiment.evaluation.include_path
+    return _documents(experiment.evaluation.tasks, experiment.resolve_path(folder) if folder else None)
+
+
+def protected_documents(experiment: Experiment) -> Iterator[tuple[str, str]]:
+    """What training data must not resemble: evaluation documents and the lines of the listed files."""
+    rule = experiment.prompt_pool.decontaminate
+    if rule.against == "evaluation":
+        yield from evaluation_documents_of(experiment)
+    for name in rule.files:
+        lines = Path(experiment.resolve_path(name)).read_text(encoding="utf-8").splitlines()
+        yield from ((f"{name}:{number}", line) for number, line in enumerate(lines, 1) if line.strip())
+
+
+def protected_index(experiment: Experiment) -> "ContaminationIndex | None":
+    from distill_pipeline.prompts.contamination import ContaminationIndex
+
+    documents = list(protected_documents(experiment))
+    return ContaminationIndex.build(documents) if documents else None

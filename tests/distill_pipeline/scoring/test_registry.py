@@ -1,0 +1,60 @@
+"""Scorers of an experiment are checked before anything runs, and without importing anybody's code."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from distill_pipeline.errors import ConfigError
+from distill_pipeline.scoring.registry import resolve_scorer, scorer_fault, scorer_versions
+from distill_pipeline.scoring.spec import ScorerSpec
+
+
+def test_an_unknown_scorer_names_the_known_ones() -> None:
+    fault = scorer_fault("contains", {})
+    assert fault == (
+        "unknown scorer 'contains'; known: contains_answer, exact, multiple_choice, numeric, regex; "
+        "your own is written package.module:function"
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "fault"),
+    [
+        ("contains_answer", {"x": 1}, "contains_answer does not take the option 'x'; it takes: no options"),
+        ("numeric", {"tolerance": 1}, "it takes: pick, relative_tolerance"),
+        ("numeric", {"pick": "best"}, "last, first or any"),
+        ("numeric", {"relative_tolerance": True}, "cannot use True as relative_tolerance"),
+        ("numeric", {"relative_tolerance": -1}, r"\[0, 1\)"),
+        ("regex", {}, "regex needs the option 'pattern'"),
+        ("regex", {"pattern": "("}, "cannot use the pattern"),
+        ("regex", {"pattern": "a", "group": 1}, "has 0 groups"),
+        ("multiple_choice", {"letters": "a-z"}, "letters such as ABCD"),
+        ("my.module:", {}, "write package.module:function"),
+        ("../x:f", {}, "write package.module:function"),
+    ],
+)
+def test_a_wrong_option_is_named(kind: str, options: dict[str, object], fault: str) -> None:
+    with pytest.raises(ConfigError, match=fault):
+        resolve_scorer(ScorerSpec(kind=kind, options=options))
+
+
+def test_a_users_function_is_versioned_by_its_source_and_never_imported_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "their_scorers"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise SystemExit('imported')")
+    (package / "rules.py").write_text("def score(reference, answer):\n    return 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    scorers = {"*": (ScorerSpec(kind="their_scorers.rules:score"), ScorerSpec(kind="exact"))}
+    before = scorer_versions(scorers)
+    assert before["exact"] == "1"
+    (package / "rules.py").write_text("def score(reference, answer):\n    return 0\n")
+    assert scorer_versions(scorers)["their_scorers.rules:score"] != before["their_scorers.rules:score"]
+    assert "their_scorers" not in sys.modules
+
+
+def test_a_missing_module_is_an_error_that_says_where_to_start() -> None:
+    with pytest.raises(ConfigError, match=r"no module nowhere for the scorer module nowhere\.at\.all.*PYTHONPATH"):
+        resolve_scorer(ScorerSpec(kind="nowhere.at.all:score"))

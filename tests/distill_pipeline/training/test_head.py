@@ -1,0 +1,171 @@
+"""The chunked head against plain autograd over all logits, and what it refuses."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from distill_pipeline import losses
+from distill_pipeline.errors import TrainingError
+from distill_pipeline.training import head
+from distill_pipeline.training.head import Targets, head_loss, plain_head
+
+
+def make_targets(pairs: list[tuple[int, int, int]], positions: int) -> Targets:
+    """From (position, target, weight), every position present at least once."""
+    pairs = sorted(pairs)
+    position, target, weight = (torch.tensor(column) for column in zip(*pairs, strict=True))
+    bounds = [0, *torch.bincount(position, minlength=positions).cumsum(0).tolist()]
+    weight_P = torch.zeros(positions).index_add_(0, position, weight.float())
+    return Targets(bounds, position, target, weight.float(), weight_P)
+
+
+def plain_loss(
+    hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, targets: Targets, *, num_tokens: float,
+    kd_temperature: float, ce_weight: float,
+) -> Tensor:  # fmt: skip
+    """The same loss by autograd over all logits at once."""
+    logits, teacher_logits = hidden @ weight.T, teacher_hidden @ teacher_weight.T
+    log_q, log_p = (F.log_softmax(x / kd_temperature, dim=-1) for x in (logits, teacher_logits))
+    kl = (F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1) * targets.weight_P).sum() * kd_temperature**2
+    log_q1 = F.log_softmax(logits, dim=-1)
+    ce = -(log_q1[targets.pair_position_N, targets.pair_target_N] * targets.pair_weight_N).sum()
+    return ((1 - ce_weight) * kl + ce_weight * ce) / num_tokens
+
+
+@given(
+    seed=st.integers(0, 10_000), positions=st.integers(1, 12), chunk_tokens=st.sampled_from([1, 3, 5, 100]),
+    kd_temperature=st.sampled_from([1.0, 2.5]), ce_weight=st.sampled_from([0.0, 0.3, 1.0]), rows=st.sampled_from([1, 2, 50]),
+)  # fmt: skip
+@settings(deadline=None, max_examples=60)
+def test_chunked_loss_and_gradients_equal_plain_autograd(
+    seed: int, positions: int, chunk_tokens: int, kd_temperature: float, ce_weight: float, rows: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    hidden, weight = random(positions, 8).requires_grad_(True), random(23, 8).requires_grad_(True)
+    teacher_hidden, teacher_weight = random(positions, 5), random(23, 5)
+    pairs = [(i, int(torch.randint(23, (1,), generator=generator)), 1 + i % 3) for i in [*range(positions), 0, positions // 2]]
+    targets = make_targets(pairs, positions)
+    options: dict[str, Any] = {"num_tokens": 37.0, "kd_temperature": kd_temperature, "ce_weight": ce_weight}
+    old, head.BLOCK_ELEMENTS = head.BLOCK_ELEMENTS, rows * 23
+    try:
+        ours = head_loss(
+            hidden, weight, targets, teacher_hidden_PH=teacher_hidden, teacher_weight_VH=teacher_weight,
+            chunk_tokens=chunk_tokens, **options,
+        ).loss  # fmt: skip
+    finally:
+        head.BLOCK_ELEMENTS = old
+    plain = plain_loss(hidden, weight, teacher_hidden, teacher_weight, targets, **options)
+    torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-5)
+    # A factor behind the loss must reach the gradients too.
+    for a, b in zip(
+        torch.autograd.grad(3 * ours, (hidden, weight)), torch.autograd.grad(3 * plain, (hidden, weight)), strict=True
+    ):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["forward_kl", *losses.TOKEN_DIVERGENCES])
+@pytest.mark.parametrize("kd_temperature", [1.0, 2.0])
+def test_head_and_public_function_are_one_divergence(name: str, kd_temperature: float) -> None:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(23, 8)
+    teacher_hidden, teacher_weight = torch.randn(6, 5), torch.randn(23, 5)
+    options = {"skew_forward_kl": {"alpha": 0.1}, "skew_reverse_kl": {"alpha": 0.1}, "jsd": {"beta": 0.5}, "akl": {"mu": 0.5}}
+    log_q = losses.log_probs((hidden @ weight.T).detach(), kd_temperature)
+    log_p = losses.log_probs(teacher_hidden @ teacher_weight.T, kd_temperature)
+    loss_N, gradient = losses.divergence_with_gradient(
+        name, log_q, log_p, kd_temperature=kd_temperature, **options.get(name, {})
+    )
+    logits = (hidden @ weight.T).detach().requires_grad_(True)
+    public = getattr(losses, name)(
+        logits[None],
+        (teacher_hidden @ teacher_weight.T)[None],
+        torch.zeros(1, 6, dtype=torch.long),
+        kd_temperature=kd_temperature,
+    )
+    torch.testing.assert_close(loss_N.mean(), public, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(gradient / 6, torch.autograd.grad(public, logits)[0], atol=1e-6, rtol=1e-4)
+
+
+def test_teacher_may_come_from_inference_mode_and_bfloat16_gives_no_negative_loss() -> None:
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        teacher_hidden = torch.randn(5, 8).bfloat16()
+    weight = torch.randn(40, 8, requires_grad=True)
+    hidden = teacher_hidden.clone().requires_grad_(True)
+    targets = make_targets([(i, i, 1) for i in range(5)], 5)
+    result = head_loss(
+        hidden,
+        weight,
+        targets,
+        num_tokens=5,
+        teacher_hidden_PH=teacher_hidden,
+        teacher_weight_VH=weight.detach(),
+        ce_weight=0.0,
+    )
+    result.loss.backward()
+    assert 0.0 <= result.loss.item() < 1e-6
+    assert weight.grad is not None
+    assert weight.grad.dtype == torch.float32
+    assert weight.grad.abs().max() < 1e-6
+
+
+def test_no_chunk_of_logits_is_larger_than_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    original = head._losses_in_place
+    monkeypatch.setattr(head, "_losses_in_place", lambda logits, *rest: seen.append(len(logits)) or original(logits, *rest))
+    targets = make_targets([(i, i, 1) for i in range(11)], 11)
+    head_loss(torch.randn(11, 4), torch.randn(13, 4), targets, num_tokens=11, chunk_tokens=4)
+    assert seen == [4, 4, 3]
+
+
+def test_cross_entropy_share_without_teacher_is_refused() -> None:
+    targets = make_targets([(0, 0, 1)], 1)
+    with pytest.raises(ValueError, match=r"ce_weight is 0\.5, but there is no teacher"):
+        head_loss(torch.zeros(1, 2), torch.zeros(3, 2), targets, num_tokens=1, ce_weight=0.5)
+
+
+def test_heads_of_different_width_are_refused() -> None:
+    targets, hidden = make_targets([(0, 0, 1)], 1), torch.zeros(1, 2)
+    with pytest.raises(ValueError, match="the heads have 3 and 4 rows"):
+        head_loss(
+            hidden, torch.zeros(3, 2), targets, num_tokens=1, teacher_hidden_PH=hidden, teacher_weight_VH=torch.zeros(4, 2)
+        )
+
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 40, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+def test_plain_head_takes_a_linear_head() -> None:
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=2))
+    assert plain_head(model) is model.get_output_embeddings().weight
+
+
+def test_plain_head_refuses_soft_capping_and_scales_by_name() -> None:
+    with pytest.raises(TrainingError, match=r"Gemma2ForCausalLM is not a plain matrix \(final_logit_softcapping=30"):
+        plain_head(Gemma2ForCausalLM(Gemma2Config(**SIZES, final_logit_softcapping=30.0)))
+    with pytest.raises(TrainingError, match=r"logit_scale=0\.0625"):
+        plain_head(CohereForCausalLM(CohereConfig(**{k: v for k, v in SIZES.items() if k != "head_dim"}, logit_scale=0.0625)))
+
+
+def test_plain_head_refuses_whatever_else_happens_to_the_logits() -> None:
+    class Doubled(GPT2LMHeadModel):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output = super().forward(*args, **kwargs)
+            output.logits = output.logits * 2
+            return output
+
+    with pytest.raises(TrainingError, match="logits of Doubled are not its last hidden states times"):
+        plain_head(Doubled(GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=2)))

@@ -1,0 +1,258 @@
+"""Training as a whole: the teacher stays, killing changes nothing, and what cannot be trained says so."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from distill_pipeline.errors import TrainingError, VocabularyMismatchError
+from distill_pipeline.hashing import file_sha256
+from distill_pipeline.models.load import load_model, load_tokenizer
+from distill_pipeline.models.resolve import ModelFolder
+from distill_pipeline.outcome import Outcome
+from distill_pipeline.training import loop, stage
+from distill_pipeline.training.loop import learning_rate, stage_steps
+from distill_pipeline.training.spec import StudentSpec, TrainStageSpec
+from distill_pipeline.training.stage import different_ids, parameters_sha256, train_student
+
+KD, SFT = {"method": "logit_kd", "epochs": 2}, {"method": "sft", "epochs": 1}
+
+
+@pytest.fixture
+def train(teacher: ModelFolder, make_rows: Any, make_batch: Any, tmp_path: Path) -> Callable[..., Outcome]:
+    """``train(student)`` trains on 12 rows below the test's folder; keywords go to train_student."""
+
+    def run(student: StudentSpec, name: str = "run", **options: Any) -> Outcome:
+        arguments: dict[str, Any] = {
+            "student": student, "teacher": teacher, "init_model": None, "system": None, "device": "cpu", "seed": 0,
+            "progress": lambda line: None,
+        }  # fmt: skip
+        rows = options.pop("rows", None) or make_rows(12)
+        folder = tmp_path / name
+        return train_student([make_batch(rows)], folder / "out", folder / "work", **arguments | options)
+
+    return run
+
+
+def curve(folder: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = pq.read_table(folder / "out" / "curve.parquet").to_pylist()
+    return rows
+
+
+def test_training_lowers_the_loss_and_leaves_a_model_that_loads(train: Any, make_student: Any, tmp_path: Path) -> None:
+    outcome = train(make_student(KD | {"epochs": 6}, SFT))
+    rows = curve(tmp_path / "run")
+    kd = [row["loss"] for row in rows if row["method"] == "logit_kd"]
+    assert len(rows) == outcome.counts["steps"] == 18 + 3
+    assert kd[-1] < 0.7 * kd[0]
+    assert [row["step"] for row in rows] == list(range(1, 22))
+    assert all(row["kl"] is None for row in rows if row["method"] == "sft")
+    assert outcome.facts["initial_loss"] == kd[0]
+    assert outcome.counts["trained_tokens"] == outcome.counts["data_tokens"] * 7 == rows[-1]["tokens"]
+    model = load_model(tmp_path / "run" / "out")
+    assert model.config.num_hidden_layers == 2
+    assert load_tokenizer(tmp_path / "run" / "out").chat_template is not None
+    assert outcome.facts["layout"] == "shared"
+    assert not (tmp_path / "run" / "work" / "checkpoints").exists()
+
+
+def test_only_the_student_changes(train: Any, make_student: Any, teacher: ModelFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = []
+    original = stage._pair
+    monkeypatch.setattr(stage, "_pair", lambda *args: pairs.append(original(*args)) or pairs[-1])
+    before = parameters_sha256(load_model(teacher.path))
+    outcome = train(make_student(KD))
+    (pair,) = pairs
+    assert outcome.facts["teacher_sha256_before"] == outcome.facts["teacher_sha256_after"] == before
+    assert all(not p.requires_grad and p.grad is None for p in pair.teacher.parameters())
+    assert not pair.teacher.training
+    assert parameters_sha256(pair.student) != parameters_sha256(load_model(teacher.path))
+
+
+def test_a_teacher_that_changed_is_an_error(train: Any, make_student: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = loop.accumulate_gradients
+
+    def meddle(models: Any, *args: Any, **options: Any) -> Any:
+        with torch.no_grad():
+            next(iter(models.teacher.parameters())).add_(1e-6)
+        return original(models, *args, **options)
+
+    monkeypatch.setattr(loop, "accumulate_gradients", meddle)
+    with pytest.raises(TrainingError, match="the teacher tiny-teacher changed while the student trained"):
+        train(make_student(KD))
+
+
+def test_equal_runs_leave_equal_files(train: Any, make_student: Any, tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        train(make_student(KD, SFT), name)
+    files = {path.name for path in (tmp_path / "first" / "out").iterdir()}
+    assert {"model.safetensors", "config.json", "curve.parquet", "tokenizer.json"} <= files
+    for name in files:
+        assert file_sha256(tmp_path / "first" / "out" / name) == file_sha256(tmp_path / "second" / "out" / name), name
+
+
+def test_micro_batch_size_does_not_change_the_training(train: Any, make_student: Any, tmp_path: Path) -> None:
+    for tokens in (64, 4096):
+        train(make_student(KD | {"micro_batch_tokens": tokens}), str(tokens))
+    for small, large in zip(curve(tmp_path / "64"), curve(tmp_path / "4096"), strict=True):
+        assert abs(small["loss"] - large["loss"]) < 1e-5
+        assert abs(small["grad_norm"] - large["grad_norm"]) < 1e-4
+
+
+PROGRAM = """
+import json, sys, torch
+from pathlib import Path
+import pyarrow as pa
+from distill_pipeline.models.resolve import ModelFolder
+from distill_pipeline.records import TRAINING_SCHEMA
+from distill_pipeline.training import loop
+from distill_pipeline.training.spec import StudentSpec
+from distill_pipeline.training.stage import train_student
+
+torch.set_num_threads(1)
+loop.CHECKPOINT_SHARE = float("inf")  # a checkpoint after every step, however long it takes
+call = json.loads(Path(sys.argv[1]).read_text())
+step = loop.TrainingRun._train_step
+def announced(run, *args):
+    step(run, *args)
+    print("STEP", len(run.curve), flush=True)
+loop.TrainingRun._train_step = announced
+teacher = ModelFolder(Path(call["teacher"]), "tiny-teacher", None, "teacher-identity", None)
+batch = pa.RecordBatch.from_pylist(call["rows"], schema=TRAINING_SCHEMA)
+outcome = train_student(
+    [batch], Path(call["out"]), Path(call["work"]), student=StudentSpec.model_validate(call["student"]), teacher=teacher,
+    init_model=None, system=None, device="cpu", seed=0, progress=print, checkpoint_seconds=0.0,
+)
+print("RESUMED", outcome.facts["resumed_from_step"], flush=True)
+"""
+
+
+@pytest.mark.parametrize("kill_after", [3, 8])
+def test_kill_and_resume_gives_the_same_losses_as_an_uninterrupted_run(
+    train: Any, make_student: Any, make_rows: Any, teacher: ModelFolder, tmp_path: Path, kill_after: int
+) -> None:  # fmt: skip
+    student = make_student(KD, SFT)  # 6 + 3 steps: the kills fall into either stage
+    train(student, "whole")
+    folder = tmp_path / "killed"
+    call = {"teacher": str(teacher.path), "rows": make_rows(12), "student": student.document(), "out": str(folder / "out"),
+            "work": str(folder / "work")}  # fmt: skip
+    (tmp_path / "call.json").write_text(json.dumps(call))
+    (tmp_path / "program.py").write_text(PROGRAM)
+    command = [sys.executable, str(tmp_path / "program.py"), str(tmp_path / "call.json")]
+    environment = os.environ | {"PYTHONPATH": os.getcwd()}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.strip() == f"STEP {kill_after}":
+                process.send_signal(signal.SIGKILL)
+                break
+    assert not (folder / "out").exists()
+    again = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    resumed = int(again.stdout.split("RESUMED ")[1])
+    assert kill_after - 1 <= resumed <= kill_after + 1
+    assert curve(folder) == curve(tmp_path / "whole")
+    assert file_sha256(folder / "out" / "model.safetensors") == file_sha256(tmp_path / "whole" / "out" / "model.safetensors")
+
+
+def test_a_loss_that_is_no_number_names_the_batch_and_keeps_the_checkpoint(
+    train: Any, make_student: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, calls = loop.head_loss, []
+
+    def poisoned(hidden: Any, *args: Any, **options: Any) -> Any:
+        calls.append(1)
+        return original(hidden * float("nan") if len(calls) == 4 else hidden, *args, **options)
+
+    monkeypatch.setattr(loop, "head_loss", poisoned)
+    with pytest.raises(TrainingError, match=r"stage 1 \(logit_kd\), step 4 of 6: the loss is nan.*prompt-\d{3}, prompt-\d{3}"):
+        train(make_student(KD), checkpoint_seconds=0.0)
+    assert not (tmp_path / "run" / "out").exists()
+    (folder, *_) = sorted((tmp_path / "run" / "work" / "checkpoints").glob("step-*"), reverse=True)
+    monkeypatch.setattr(loop, "head_loss", original)
+    outcome = train(make_student(KD))
+    assert outcome.facts["resumed_from_step"] == int(folder.name.removeprefix("step-"))
+    assert all(torch.isfinite(p).all() for p in load_model(tmp_path / "run" / "out").parameters())
+
+
+def test_other_settings_do_not_resume_a_checkpoint(train: Any, make_student: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "_write_student", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train(make_student(KD), checkpoint_seconds=0.0)
+    said: list[str] = []
+    outcome = train(make_student(KD | {"lr": 2e-3}), progress=said.append)
+    assert outcome.facts["resumed_from_step"] is None
+    assert any("belongs to other data or settings" in line for line in said)
+
+
+def test_nothing_to_train_on_is_an_error(train: Any, make_student: Any) -> None:
+    with pytest.raises(TrainingError, match="no token to train on"):
+        train(make_student(KD, max_length=16))
+
+
+def narrow_tokenizer(source: ModelFolder, folder: Path) -> ModelFolder:
+    """The same model behind a tokenizer in which two tokens have traded places."""
+    load_model(source.path).save_pretrained(folder)
+    load_tokenizer(source.path).save_pretrained(folder)
+    document = json.loads((folder / "tokenizer.json").read_text())
+    vocab = document["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+    return ModelFolder(folder, "other-tokenizer", None, "other", None)
+
+
+def test_token_ids_with_two_meanings_are_refused_by_name(
+    train: Any, make_student: Any, small_model: ModelFolder, tmp_path: Path
+) -> None:
+    other = narrow_tokenizer(small_model, tmp_path / "other")
+    with pytest.raises(VocabularyMismatchError, match=r"different meanings to 2 token ids, for instance \d+: '[ab]' / '[ab]'"):
+        train(make_student(KD, init={"model": "other"}), init_model=other)
+    outcome = train(make_student(SFT, init={"model": "other"}), init_model=other)
+    assert outcome.facts["tokenizer"] == "student"
+
+
+def test_padding_rows_of_a_wider_head_are_cut(train: Any, make_student: Any, small_model: ModelFolder, tmp_path: Path) -> None:
+    wide = load_model(small_model.path)
+    wide.resize_token_embeddings(320)
+    wide.save_pretrained(tmp_path / "wide")
+    load_tokenizer(small_model.path).save_pretrained(tmp_path / "wide")
+    folder = ModelFolder(tmp_path / "wide", "wide", None, "wide", None)
+    student = make_student(KD, init={"model": "m"})
+    train(student, "wide_run", init_model=folder)
+    train(student, "narrow_run", init_model=small_model)
+    for wide_row, narrow_row in zip(curve(tmp_path / "wide_run"), curve(tmp_path / "narrow_run"), strict=True):
+        assert abs(wide_row["loss"] - narrow_row["loss"]) < 1e-5
+
+
+def test_different_ids_are_listed_with_both_meanings() -> None:
+    assert different_ids({"x": 0, "y": 1}, {"x": 0, "z": 1, "w": 2}) == ["1: 'y' / 'z'", "2: None / 'w'"]
+
+
+def test_steps_of_a_stage() -> None:
+    def steps(examples: int, **fields: Any) -> int:
+        return stage_steps(TrainStageSpec(method="sft", **fields), examples)
+
+    assert steps(33, batch_prompts=16, epochs=2) == 6
+    assert steps(32, batch_prompts=16, epochs=0.5) == 1
+    assert steps(3, batch_prompts=16, epochs=0.1) == 1
+    assert steps(1000, batch_prompts=16, max_steps=5) == 5
+
+
+def test_learning_rate_rises_and_falls_as_said() -> None:
+    def rates(schedule: Any, warmup_frac: float = 0.2) -> list[float]:
+        spec = TrainStageSpec(method="sft", lr=1.0, schedule=schedule, warmup_frac=warmup_frac)
+        return [learning_rate(spec, step, 10) for step in range(10)]
+
+    assert rates("constant")[2:] == [1.0] * 8
+    assert rates("linear")[:3] == [pytest.approx(1 / 3), pytest.approx(2 / 3), 1.0]
+    assert rates("linear")[-1] == pytest.approx(1 / 8)
+    assert rates("cosine", 0.0)[5] == pytest.approx(0.5)
+    assert all(0 < rate <= 1 for schedule in ("linear", "cosine") for rate in rates(schedule))

@@ -1,0 +1,245 @@
+"""The whole graph on tiny random models: what is done twice, what is done once, and what survives a kill -9."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from distill_pipeline.errors import EmptyResultError, MissingInputError
+from distill_pipeline.experiment import load_experiment
+from distill_pipeline.pipeline import Pipeline
+from distill_pipeline.storage.artifacts import Artifact, ArtifactStore
+
+TASK = """\
+task: tiny_heldout
+custom_dataset: !function utils.load
+output_type: generate_until
+test_split: test
+doc_to_text: "{{prompt}}"
+doc_to_target: "{{reference}}"
+process_results: !function utils.score
+generation_kwargs: {do_sample: false, max_gen_toks: 4, until: []}
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+"""
+UTILS = """\
+import json
+from pathlib import Path
+
+import datasets
+
+
+def load(**_):
+    lines = Path(__file__).with_name("heldout.jsonl").read_text().splitlines()
+    return {"test": datasets.Dataset.from_list([json.loads(line) for line in lines])}
+
+
+def score(doc, results):
+    return {"acc": float(doc["reference"] in results[0])}
+"""
+
+
+EAGER = """\
+from functools import partial
+import distill_pipeline.generation.stage as generation
+import distill_pipeline.training.stage as training
+generation.generate_outputs = partial(generation.generate_outputs, flush_rows=32)
+training.train_student = partial(training.train_student, checkpoint_seconds=0.0)
+from distill_pipeline.cli import main
+main()
+"""
+
+
+class World:
+    """A small experiment in a folder of its own."""
+
+    def __init__(self, folder: Path, teacher: Path) -> None:
+        self.folder = folder
+        self.file = folder / "experiments" / "tiny.yaml"
+        self.file.parent.mkdir(parents=True)
+        self.root = folder / "data"
+        tasks = folder / "tasks"
+        tasks.mkdir()
+        (tasks / "tiny_heldout.yaml").write_text(TASK)
+        (tasks / "utils.py").write_text(UTILS)
+        heldout = [{"prompt": f"held out question {n}", "reference": "a"} for n in range(6)]
+        (tasks / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in heldout))
+        self.add_prompts(range(40))
+        self.document: dict[str, Any] = {
+            "name": "tiny",
+            "prompt_pool": {"sources": [{"path": "prompts", "domain": "words", "license": "cc0-1.0"}], "holdout_fraction": 0.0},
+            "teachers": {"small": {"model": str(teacher), "license": "mit",
+                                   "sampling": {"n": 3, "temperature": 1.0, "max_tokens": 6}}},
+            "scorers": {"words": [{"kind": "contains_answer"}]},
+            "filters": {"every": {}, "strict": {"min_score": 1.0}},
+            "students": {
+                "kl": self._student("logit_kd", {"prune": {"layers": 2}}),
+                "scratch": self._student("sft", {"scratch": {"layers": 2}}),
+            },
+            "evaluation": {"tasks": ["tiny_heldout"], "include_path": "tasks"},
+        }  # fmt: skip
+        self.save()
+
+    @staticmethod
+    def _student(method: str, init: dict[str, Any]) -> dict[str, Any]:
+        return {"data": ["small/every"], "init": init, "stages": [{"method": method, "batch_prompts": 8, "lr": 1e-3}]}
+
+    def add_prompts(self, numbers: range) -> None:
+        lines = [json.dumps({"prompt": f"say the word number {n}", "reference": "e"}) + "\n" for n in numbers]
+        (self.folder / "prompts").mkdir(exist_ok=True)
+        (self.folder / "prompts" / f"from_{numbers.start}.jsonl").write_text("".join(lines))
+
+    def save(self) -> None:
+        self.file.write_text(yaml.safe_dump(self.document))
+
+    def pipeline(self, **options: Any) -> Pipeline:
+        options.setdefault("progress", lambda line: None)
+        return Pipeline(load_experiment(self.file), ArtifactStore(self.root), **options)
+
+    def make_all(self) -> dict[str, Artifact]:
+        pipeline = self.pipeline()
+        return {name: pipeline.make(name) for name in pipeline.nodes if name != "filtered_set/small/strict"}
+
+    def command(self, *words: str) -> subprocess.Popen[bytes]:
+        """``distill`` on this experiment as a process of its own, which writes down what it has every few rows and steps."""
+        line = [sys.executable, "-c", EAGER, words[0], str(self.file), *words[1:], "--root", str(self.root)]
+        return subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+@pytest.fixture
+def world(tmp_path: Path, tiny_teacher_dir: Path) -> World:
+    return World(tmp_path, tiny_teacher_dir)
+
+
+def test_the_whole_graph_is_made_once_and_then_nothing_is_done(world: World) -> None:
+    first = world.make_all()
+    assert not any(artifact.reused for artifact in first.values())
+    second = world.make_all()
+    assert all(artifact.reused for artifact in second.values())
+    assert {name: a.version for name, a in first.items()} == {name: a.version for name, a in second.items()}
+    report = first["eval_report/kl"].read_json("report.json")
+    assert {"student", "teacher", "filter", "method", "parameters", "tasks", "gap_recovered", "yields", "input_versions"} <= set(report)
+    assert len(first["comparison"].read_json("comparison.json")) == 2
+
+
+def test_ten_new_prompts_send_ten_to_the_teacher(world: World) -> None:
+    for name in ("prompt_pool", "teacher_outputs/small"):
+        world.pipeline().make(name)
+    world.add_prompts(range(40, 50))
+    for name in ("prompt_pool", "teacher_outputs/small"):
+        artifact = world.pipeline().make(name)
+    assert artifact.manifest.counts["generated"] == 10 * 3
+    assert artifact.manifest.counts["reused"] == 40 * 3
+    assert artifact.manifest.counts["expected"] == 50 * 3
+
+
+def test_a_raised_threshold_leaves_the_teacher_and_other_filters_alone(world: World) -> None:
+    world.make_all()
+    world.document["filters"]["every"]["max_per_prompt"] = 1
+    world.save()
+    pipeline = world.pipeline()
+    assert pipeline.make("teacher_outputs/small").reused
+    assert pipeline.make("scored_outputs/small").reused
+    with pytest.raises(MissingInputError, match="filtered_set/small/every .* other settings.*distill filter EXPERIMENT small/every"):
+        pipeline.make("student_checkpoint/kl")
+    assert not pipeline.make("filtered_set/small/every").reused
+    assert not pipeline.make("student_checkpoint/kl").reused
+
+
+def test_no_accepted_row_stops_before_any_training_also_in_a_later_run(world: World) -> None:
+    world.document["students"]["kl"]["data"] = ["small/strict"]
+    world.document["scorers"]["words"] = [{"kind": "exact"}]
+    world.save()
+    pipeline = world.pipeline()
+    for name in ("prompt_pool", "teacher_outputs/small", "scored_outputs/small"):
+        pipeline.make(name)
+    for _ in range(2):
+        with pytest.raises(EmptyResultError, match=r"is empty: 0 of 120 teacher outputs passed. Largest reject reason: below_min_score"):
+            world.pipeline().make("filtered_set/small/strict")
+        with pytest.raises(Exception, match="0 of 120 teacher outputs passed"):
+            world.pipeline().make("student_checkpoint/kl")
+    assert not list(world.root.glob("student_checkpoint/*/*"))
+
+
+def test_every_ancestor_of_a_student_is_in_its_own_folder(world: World) -> None:
+    from distill_pipeline.lineage import lineage_lines, open_folder, trace
+
+    world.make_all()
+    story = trace(open_folder(world.root / "student_checkpoint" / "kl"))
+    assert story.is_intact
+    text = "\n".join(lineage_lines(story))
+    for part in ("student_checkpoint/kl", "filtered_set/small/every", "teacher_outputs/small", "prompt_pool", "mit", "source:prompts/"):
+        assert part in text
+    part = next((world.root / "teacher_outputs" / "small").glob("*/part-*.parquet"))
+    part.write_bytes(part.read_bytes()[:-1] + b"x")
+    broken = trace(open_folder(world.root / "student_checkpoint" / "kl"))
+    assert not broken.is_intact
+    assert any("part-" in line and "differs" in line for line in lineage_lines(broken))
+
+
+def test_lineage_of_a_folder_that_was_copied_away_still_names_everything(world: World, tmp_path: Path) -> None:
+    import shutil
+
+    from distill_pipeline.lineage import lineage_lines, open_folder, trace
+
+    artifact = world.make_all()["student_checkpoint/kl"]
+    shutil.copytree(artifact.local_dir(), tmp_path / "elsewhere")
+    story = trace(open_folder(tmp_path / "elsewhere"))
+    assert story.own_state == "verified"
+    assert {state for _, state in story.ancestors} == {"absent"}
+    assert "teacher_outputs/small" in "\n".join(lineage_lines(story))
+
+
+def _kill_when(process: subprocess.Popen[bytes], condition: Callable[[], bool], seconds: float = 60.0) -> bool:
+    """kill -9 as soon as the condition holds; False when the process ended by itself first."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if process.poll() is not None:
+            return False
+        if condition():
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            return True
+        time.sleep(0.005)
+    process.kill()
+    raise AssertionError("the condition never came true")
+
+
+def test_killed_generation_and_killed_training_end_as_if_nothing_had_happened(
+    world: World, tmp_path: Path, tiny_teacher_dir: Path
+) -> None:
+    world.add_prompts(range(100, 400))
+    for part in (world.document["teachers"]["small"],):
+        part["batch_tokens"] = 1024
+    world.document["students"]["kl"]["stages"][0] |= {"epochs": 3, "batch_prompts": 4}
+    world.save()
+    undisturbed = World(tmp_path / "undisturbed", tiny_teacher_dir)
+    undisturbed.add_prompts(range(100, 400))
+    undisturbed.document = world.document
+    undisturbed.save()
+    stages = ["prompt_pool", "teacher_outputs/small", "scored_outputs/small", "filtered_set/small/every", "student_checkpoint/kl"]
+    expected = {name: undisturbed.pipeline().make(name) for name in stages}
+
+    world.pipeline().make("prompt_pool")
+    killed = _kill_when(world.command("generate", "small"), lambda: any(world.root.glob("generations/**/part-*.parquet")))
+    outputs = world.pipeline().make("teacher_outputs/small")
+    counts = outputs.manifest.counts
+    assert killed
+    assert counts["reused"] > 0
+    assert counts["reused"] + counts["generated"] == counts["expected"] == 340 * 3
+    assert outputs.version == expected["teacher_outputs/small"].version
+
+    for name in stages[2:4]:
+        world.pipeline().make(name)
+    killed = _kill_when(world.command("train", "kl"), lambda: any(world.root.glob(".work/student_checkpoint__kl/*/checkpoints/*/*.json")))
+    student = world.pipeline().make("student_checkpoint/kl")
+    assert killed
+    assert student.manifest.facts["resumed_from_step"] > 0
+    assert student.manifest.facts["final_loss"] == expected["student_checkpoint/kl"].manifest.facts["final_loss"]
+    assert student.version == expected["student_checkpoint/kl"].version
