@@ -3,6 +3,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 EXPERIMENT ?= experiments/quickstart.yaml
 BIN := .venv/bin
 export DISTILL_EXPERIMENT = $(EXPERIMENT)
+export DAGSTER_HOME = $(CURDIR)
 
 .PHONY: help quickstart test check dev clean
 

@@ -1,0 +1,33 @@
+"""The assets ``student_checkpoint__<student>``: weights as safetensors, tokenizer, manifest and training curve."""
+
+import dagster as dg
+
+from assets.checks import check_specs
+from assets.making import RunOptions, make_artifact, materialized
+from assets.metadata import student_checkpoint_metadata
+from assets.naming import MODEL_STEP, MODEL_STEP_TAG, asset_options
+from distill_pipeline.experiment import Experiment
+from distill_pipeline.nodes import Node
+from resources.artifact_store import ArtifactStoreResource
+from resources.hub import HubResource
+from resources.student_gpu import StudentGpuResource
+
+
+def student_checkpoint_asset(experiment: Experiment, node: Node) -> dg.AssetsDefinition:
+    """The asset of one trained student."""
+    student = experiment.students[node.student]
+    said = f"Trained on {', '.join(student.data)} by {', then '.join(stage.method for stage in student.stages)}."
+
+    @dg.asset(
+        **asset_options(node), check_specs=check_specs(node), description=said,
+        pool="student_gpu", op_tags={MODEL_STEP_TAG: MODEL_STEP},
+    )  # fmt: skip
+    def student_checkpoint(
+        context: dg.AssetExecutionContext, config: RunOptions, artifact_store: ArtifactStoreResource, hub: HubResource,
+        student_gpu: StudentGpuResource,
+    ) -> dg.MaterializeResult:  # fmt: skip
+        device = student_gpu.device_name()
+        artifact = make_artifact(context, experiment, node, config, artifact_store, hub, student_device=device)
+        return materialized(node, artifact, student_checkpoint_metadata(artifact))
+
+    return student_checkpoint

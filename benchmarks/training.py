@@ -1,0 +1,128 @@
+"""Time and peak memory of the losses on a full vocabulary: cross-entropy, naive KL, and the chunked head.
+
+    python benchmarks/training.py --json results.json
+
+512 positions (4 rows of 128 tokens), vocabulary 49,152, student width 576, teacher width 960, float32, forward and backward.
+Each variant runs in a process of its own, so that its peak resident memory is its own; the best of --repeats counts.
+"""
+
+import argparse
+import json
+import multiprocessing
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distill_pipeline.training.head import CHUNK_TOKENS, Targets, head_loss
+
+VOCABULARY, STUDENT_WIDTH, TEACHER_WIDTH = 49_152, 576, 960
+VARIANTS = ("inputs alone", "cross-entropy", "teacher head", "naive KL", "chunked KL", "chunked KL + CE", "chunked CE")
+
+
+def peak_mib() -> float:
+    """Peak resident memory of this process, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def simple_targets(labels_N: Tensor) -> Targets:
+    """One target a position, each with weight 1."""
+    ones_N = torch.ones(len(labels_N))
+    return Targets(list(range(len(labels_N) + 1)), torch.arange(len(labels_N)), labels_N, ones_N, ones_N)
+
+
+def variant_step(variant: str, tokens: int, chunk_tokens: int) -> Callable[[], object]:
+    """One training step of the head alone."""
+    torch.manual_seed(0)
+    hidden_PH = torch.randn(tokens, STUDENT_WIDTH, requires_grad=True)
+    weight_VH = (torch.randn(VOCABULARY, STUDENT_WIDTH) * 0.05).requires_grad_(True)
+    teacher_PH, teacher_VH = torch.randn(tokens, TEACHER_WIDTH), torch.randn(VOCABULARY, TEACHER_WIDTH) * 0.05
+    labels_N = torch.randint(VOCABULARY, (tokens,))
+    targets = simple_targets(labels_N)
+
+    def chunked(ce_weight: float, with_teacher: bool = True) -> None:
+        teacher = {"teacher_hidden_PH": teacher_PH, "teacher_weight_VH": teacher_VH} if with_teacher else {}
+        head_loss(hidden_PH, weight_VH, targets, num_tokens=tokens, ce_weight=ce_weight, chunk_tokens=chunk_tokens,
+                  **teacher).loss.backward()  # fmt: skip
+
+    def naive() -> None:
+        with torch.no_grad():
+            log_p = F.log_softmax(teacher_PH @ teacher_VH.T, dim=-1)
+        log_q = F.log_softmax(hidden_PH @ weight_VH.T, dim=-1)
+        F.kl_div(log_q, log_p, log_target=True, reduction="batchmean").backward()
+
+    def teacher_head() -> Tensor:
+        with torch.no_grad():
+            return teacher_PH @ teacher_VH.T
+
+    def step() -> object:
+        hidden_PH.grad = weight_VH.grad = None
+        match variant:
+            case "inputs alone":
+                weight_VH.grad = torch.ones_like(weight_VH)
+            case "cross-entropy":
+                F.cross_entropy(hidden_PH @ weight_VH.T, labels_N).backward()
+            case "teacher head":
+                teacher_head()
+            case "naive KL":
+                naive()
+            case "chunked KL":
+                chunked(0.0)
+            case "chunked KL + CE":
+                chunked(0.5)
+            case "chunked CE":
+                chunked(1.0, with_teacher=False)
+        return None
+
+    return step
+
+
+def measure(variant: str, tokens: int, chunk_tokens: int, repeats: int, results: "multiprocessing.Queue[dict]") -> None:
+    """Run in a fresh process: seconds of the best repeat, and peak memory."""
+    step = variant_step(variant, tokens, chunk_tokens)
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - start)
+    results.put({"variant": variant, "seconds": round(min(seconds), 4), "peak_mib": round(peak_mib(), 1)})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, help="write the results here")
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--chunk-tokens", type=int, default=CHUNK_TOKENS)
+    parser.add_argument("--repeats", type=int, default=4)
+    arguments = parser.parse_args()
+    context = multiprocessing.get_context("spawn")
+    rows = []
+    for variant in VARIANTS:
+        results = context.Queue()
+        process = context.Process(
+            target=measure, args=(variant, arguments.tokens, arguments.chunk_tokens, arguments.repeats, results)
+        )
+        process.start()
+        rows.append(results.get())
+        process.join()
+    base = rows[0]["peak_mib"]
+    for row in rows:
+        row["extra_mib"] = round(row["peak_mib"] - base, 1)
+        print(f"{row['variant']:<18}{row['seconds']:>9.3f} s {row['extra_mib']:>9.1f} MiB above inputs and gradient")
+    time_of = {row["variant"]: row["seconds"] for row in rows}
+    memory_of = {row["variant"]: row["extra_mib"] for row in rows}
+    ratio = time_of["chunked KL"] / (time_of["cross-entropy"] + time_of["teacher head"])
+    share = memory_of["chunked KL"] / memory_of["naive KL"]
+    print(f"chunked KL takes {ratio:.2f} x (cross-entropy + teacher head) and {share:.0%} of naive KL's memory")
+    if arguments.json:
+        result = {"torch": torch.__version__, "threads": torch.get_num_threads(), "rows": rows, "time_ratio": ratio,
+                  "memory_share": share}  # fmt: skip
+        arguments.json.write_text(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()
