@@ -89,9 +89,9 @@ def experiment_nodes(experiment: Experiment) -> dict[str, Node]:
         }
         model = {"model": frozen.model, "revision": frozen.revision, "system": frozen.system}
         spec = {"student": recipe.document(), "teacher": model, "seed": experiment.seed}
-        inputs = tuple(f"filtered_set/{ref}" for ref in recipe.data)
+        sets = tuple(f"filtered_set/{ref}" for ref in recipe.data)
         checkpoint, report = f"student_checkpoint/{student}", f"eval_report/{student}"
-        add(checkpoint, "student_checkpoint", training_spec.ALGORITHM, spec, inputs, **who)
+        add(checkpoint, "student_checkpoint", training_spec.ALGORITHM, spec, sets, **who)
         spec = {"evaluation": evaluation, "teacher": model, "seed": experiment.seed}
         others = [f"student_checkpoint/{name}" for name in experiment.evaluation.baselines if name in experiment.students]
         needed = tuple(dict.fromkeys(["prompt_pool", checkpoint, *others]))

@@ -124,7 +124,8 @@ def test_the_whole_graph_is_made_once_and_then_nothing_is_done(world: World) -> 
     assert all(artifact.reused for artifact in second.values())
     assert {name: a.version for name, a in first.items()} == {name: a.version for name, a in second.items()}
     report = first["eval_report/kl"].read_json("report.json")
-    assert {"student", "teacher", "filter", "method", "parameters", "tasks", "gap_recovered", "yields", "input_versions"} <= set(report)
+    needed = {"student", "teacher", "filter", "method", "parameters", "tasks", "gap_recovered", "yields", "input_versions"}
+    assert needed <= set(report)
     assert len(first["comparison"].read_json("comparison.json")) == 2
 
 
@@ -146,7 +147,7 @@ def test_a_raised_threshold_leaves_the_teacher_and_other_filters_alone(world: Wo
     pipeline = world.pipeline()
     assert pipeline.make("teacher_outputs/small").reused
     assert pipeline.make("scored_outputs/small").reused
-    with pytest.raises(MissingInputError, match="filtered_set/small/every .* other settings.*distill filter EXPERIMENT small/every"):
+    with pytest.raises(MissingInputError, match="other settings.*distill filter EXPERIMENT small/every"):
         pipeline.make("student_checkpoint/kl")
     assert not pipeline.make("filtered_set/small/every").reused
     assert not pipeline.make("student_checkpoint/kl").reused
@@ -160,7 +161,7 @@ def test_no_accepted_row_stops_before_any_training_also_in_a_later_run(world: Wo
     for name in ("prompt_pool", "teacher_outputs/small", "scored_outputs/small"):
         pipeline.make(name)
     for _ in range(2):
-        with pytest.raises(EmptyResultError, match=r"is empty: 0 of 120 teacher outputs passed. Largest reject reason: below_min_score"):
+        with pytest.raises(EmptyResultError, match=r"0 of 120 teacher outputs passed. Largest reject reason: below_min_score"):
             world.pipeline().make("filtered_set/small/strict")
         with pytest.raises(Exception, match="0 of 120 teacher outputs passed"):
             world.pipeline().make("student_checkpoint/kl")
@@ -174,7 +175,8 @@ def test_every_ancestor_of_a_student_is_in_its_own_folder(world: World) -> None:
     story = trace(open_folder(world.root / "student_checkpoint" / "kl"))
     assert story.is_intact
     text = "\n".join(lineage_lines(story))
-    for part in ("student_checkpoint/kl", "filtered_set/small/every", "teacher_outputs/small", "prompt_pool", "mit", "source:prompts/"):
+    names = ("student_checkpoint/kl", "filtered_set/small/every", "teacher_outputs/small", "prompt_pool")
+    for part in (*names, "mit", "source:prompts/"):
         assert part in text
     part = next((world.root / "teacher_outputs" / "small").glob("*/part-*.parquet"))
     part.write_bytes(part.read_bytes()[:-1] + b"x")
@@ -223,7 +225,7 @@ def test_killed_generation_and_killed_training_end_as_if_nothing_had_happened(
     undisturbed.add_prompts(range(100, 400))
     undisturbed.document = world.document
     undisturbed.save()
-    stages = ["prompt_pool", "teacher_outputs/small", "scored_outputs/small", "filtered_set/small/every", "student_checkpoint/kl"]
+    stages = [name for name in world.pipeline().nodes if not name.endswith(("/strict", "/scratch"))][:5]
     expected = {name: undisturbed.pipeline().make(name) for name in stages}
 
     world.pipeline().make("prompt_pool")
@@ -237,7 +239,8 @@ def test_killed_generation_and_killed_training_end_as_if_nothing_had_happened(
 
     for name in stages[2:4]:
         world.pipeline().make(name)
-    killed = _kill_when(world.command("train", "kl"), lambda: any(world.root.glob(".work/student_checkpoint__kl/*/checkpoints/*/*.json")))
+    checkpoints = ".work/student_checkpoint__kl/*/checkpoints/step-*"
+    killed = _kill_when(world.command("train", "kl"), lambda: any(world.root.glob(checkpoints)))
     student = world.pipeline().make("student_checkpoint/kl")
     assert killed
     assert student.manifest.facts["resumed_from_step"] > 0

@@ -1,10 +1,9 @@
 """Measures one model on the experiment's lm-eval tasks, and keeps what it answered.
 
 Decided: greedy or sampled as the task says, fixed seeds, no request cache, no bootstrap inside lm-eval (intervals are made
-from the documents' scores, see ``statistics.py``), and no task that runs model-written code. lm-eval is entered at
-``evaluate``: its ``simple_evaluate`` would load the tasks again and ask git, pip and the GPU driver about the machine. A
-document appears once with the metrics of all filters; a metric is called ``exact_match`` where its task has one filter,
-``exact_match,strict-match`` where it has several.
+from the documents' scores, see ``statistics.py``), and no task that runs model-written code. A document appears once with
+the metrics of all filters; a metric is called ``exact_match`` where its task has one filter, ``exact_match,strict-match``
+where it has several.
 """
 
 import math
@@ -18,7 +17,7 @@ import torch
 
 from distill_pipeline.errors import ConfigError
 from distill_pipeline.evaluation.divergence import held_out_divergence
-from distill_pipeline.evaluation.tasks import load_tasks
+from distill_pipeline.evaluation.tasks import hints_off, open_tasks
 from distill_pipeline.outcome import Progress
 from distill_pipeline.rendering import ChatRenderer
 
@@ -61,10 +60,13 @@ def evaluate_model(
 
     renderer = ChatRenderer(tokenizer, system=system)
     subject = EvaluatedModel(model, renderer, batch_size=batch_size, device=device, progress=progress)
-    with _seeded():
-        results = lm_eval.evaluate(
-            lm=subject, task_dict=_prepared_tasks(tasks, include_path), limit=limit, bootstrap_iters=0, log_samples=True,
-            fewshot_as_multiturn=True, apply_chat_template=tokenizer.chat_template is not None,
+    with _random_state_kept(), hints_off():
+        manager, opened = open_tasks(tasks, include_path)
+        _refuse_unsafe(opened["tasks"])
+        results = lm_eval.simple_evaluate(
+            model=subject, tasks=list(tasks), task_manager=manager, limit=limit, bootstrap_iters=0,
+            log_samples=True, fewshot_as_multiturn=True, apply_chat_template=tokenizer.chat_template is not None,
+            random_seed=SEED, numpy_random_seed=SEED, torch_random_seed=SEED, fewshot_random_seed=SEED,
         )  # fmt: skip
     samples = [sample for name in results["samples"] for sample in _samples_of(name, results["samples"][name])]
     metrics = {name: _metrics_of(name, results, samples) for name in results["results"]}
@@ -81,25 +83,16 @@ def evaluate_model(
     }
 
 
-def _prepared_tasks(names: Sequence[str], include_path: str | None) -> dict[str, dict[str, Any]]:
-    """The tasks, set as lm-eval's own entry sets them: no examples unless the task says so, drawn with a fixed seed."""
-    loaded = load_tasks(names, include_path)
-    if unsafe := sorted(name for name, task in loaded["tasks"].items() if getattr(task, "UNSAFE_CODE", False)):
+def _refuse_unsafe(tasks: Mapping[str, Any]) -> None:
+    """Raises ConfigError for tasks that would run what a model wrote."""
+    if unsafe := sorted(name for name, task in tasks.items() if getattr(task, "UNSAFE_CODE", False)):
         raise ConfigError(f"evaluation.tasks: {', '.join(unsafe)} would run code that the model wrote; leave such tasks out.")
-    for task in loaded["tasks"].values():
-        if task.get_config("num_fewshot") is None:
-            task.set_config(key="num_fewshot", value=0)
-        task.set_fewshot_seed(seed=SEED)
-    return loaded
 
 
 @contextmanager
-def _seeded() -> Iterator[None]:
-    """Every global generator seeded while tasks are loaded and run; afterwards they are as they were."""
+def _random_state_kept() -> Iterator[None]:
+    """lm-eval seeds every global generator; afterwards they are as they were. Its advice on its own command line is not shown."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(SEED)
-    np.random.seed(SEED)
-    torch.manual_seed(SEED)
     try:
         yield
     finally:

@@ -32,15 +32,22 @@ def load_tasks(tasks: Sequence[str], include_path: str | None) -> dict[str, dict
     Raises:
         ConfigError: a name is unknown, or a task's data set cannot be read; the message names the task.
     """
+    return open_tasks(tasks, include_path)[1]
+
+
+def open_tasks(tasks: Sequence[str], include_path: str | None) -> tuple[Any, dict[str, dict[str, Any]]]:
+    """lm-eval's task manager that knows these names, and what it made of them. Raises as :func:`load_tasks`."""
     if fault := task_fault(tasks, include_path):
         raise ConfigError(f"evaluation.tasks: {fault}")
     local_only = all(name in _known(include_path, False) for name in tasks)
+    manager = _manager(include_path, not local_only)
     try:
-        return _load(tasks, include_path, with_lm_eval=not local_only)
+        return manager, _load(tasks, manager)
     except KeyError:
         if not local_only:
             raise
-        return _load(tasks, include_path, with_lm_eval=True)  # a local group that names lm-eval's own tasks
+    manager = _manager(include_path, True)  # a local group that names lm-eval's own tasks
+    return manager, _load(tasks, manager)
 
 
 def evaluation_documents(tasks: Sequence[str], include_path: str | None) -> list[tuple[str, str]]:
@@ -56,12 +63,11 @@ def evaluation_documents(tasks: Sequence[str], include_path: str | None) -> list
     ]
 
 
-def _load(tasks: Sequence[str], include_path: str | None, *, with_lm_eval: bool) -> dict[str, dict[str, Any]]:
-    manager = _manager(include_path, with_lm_eval)
+def _load(tasks: Sequence[str], manager: Any) -> dict[str, dict[str, Any]]:
     loaded: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}, "group_map": {}}
     for name in tasks:
         try:
-            with _hints_off():
+            with hints_off():
                 found = manager.load([name])
             for part in loaded:
                 loaded[part].update(found[part])
@@ -75,7 +81,7 @@ def _load(tasks: Sequence[str], include_path: str | None, *, with_lm_eval: bool)
 
 
 @contextmanager
-def _hints_off() -> Iterator[None]:
+def hints_off() -> Iterator[None]:
     """Without lm-eval's advice on its own command line, which it logs as warnings while a task loads."""
     logger = logging.getLogger("lm_eval")
     level = logger.level

@@ -22,6 +22,7 @@ def spooled(
 ) -> Iterator[tuple[Path, int, set[str]]]:
     """The prompts to be answered in a file, their number, and all domains of training prompts."""
     num_prompts, domains = 0, set[str]()
+    folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".spool-", dir=folder) as temporary:
         path = Path(temporary, "prompts.arrow")
         with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, _SPOOLED) as writer:

@@ -7,7 +7,7 @@ with the same rows.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import pyarrow as pa
 from distill_pipeline.errors import EmptyResultError
 from distill_pipeline.generation.answering import AnsweringRun
 from distill_pipeline.generation.engine import TransformersEngine
-from distill_pipeline.generation.requests import family_of, family_settings
+from distill_pipeline.generation.requests import family_of, family_settings, request_key
 from distill_pipeline.generation.spec import TeacherSpec
 from distill_pipeline.generation.spool import spooled, windows
 from distill_pipeline.generation.store import GenerationStore
@@ -55,13 +55,7 @@ def generate_outputs(
         EmptyResultError: the teacher answers no prompt of the pool.
         GenerationError: every single request failed; the message gives the first reason.
     """
-    device = resolve_device(device)
-    dtype = resolve_dtype(model.path, device)
-    renderer = ChatRenderer(load_tokenizer(model.path, trust_remote_code=teacher.trust_remote_code), system=teacher.system)
-    settings = family_settings(
-        identity=model.identity, revision=model.revision, dtype=dtype, system=teacher.system, rendering=renderer.fingerprint,
-        sampling=teacher.sampling, seed=seed,
-    )  # fmt: skip
+    device, dtype, renderer, settings = _conditions(teacher, model, device, seed)
     family = family_of(settings)
     store = GenerationStore(
         generations_dir, family, settings, max_tokens=teacher.sampling.max_tokens, flush_rows=flush_rows,
@@ -86,6 +80,38 @@ def generate_outputs(
     write_whole(_last_settings_file(generations_dir, teacher_name), json.dumps(settings))
     where = {"device": device, "dtype": dtype}
     return Outcome(counts, run.facts() | where | {"family": family, "settings": settings, "settings_changed": changed})
+
+
+def missing_requests(
+    prompts: Iterable[Mapping[str, Any]],
+    *,
+    teacher: TeacherSpec,
+    model: ModelFolder,
+    generations_dir: Path,
+    device: str,
+    seed: int,
+) -> int:
+    """How many requests :func:`generate_outputs` would send for these prompts (``prompt_id`` of each); writes nothing."""
+    settings = _conditions(teacher, model, device, seed)[-1]
+    family = family_of(settings)
+    store = GenerationStore(generations_dir, family, settings, max_tokens=teacher.sampling.max_tokens)
+    numbers = range(teacher.sampling.n)
+    keys = [request_key(family, prompt["prompt_id"], index) for prompt in prompts for index in numbers]
+    return len(keys) - int(store.has(keys).sum())
+
+
+def _conditions(
+    teacher: TeacherSpec, model: ModelFolder, device: str, seed: int
+) -> tuple[str, str, ChatRenderer, dict[str, Any]]:
+    """Device, dtype and renderer of a teacher, and the settings that name its family of answers."""
+    device = resolve_device(device)
+    dtype = resolve_dtype(model.path, device)
+    renderer = ChatRenderer(load_tokenizer(model.path, trust_remote_code=teacher.trust_remote_code), system=teacher.system)
+    settings = family_settings(
+        identity=model.identity, revision=model.revision, dtype=dtype, system=teacher.system, rendering=renderer.fingerprint,
+        sampling=teacher.sampling, seed=seed,
+    )  # fmt: skip
+    return device, dtype, renderer, settings
 
 
 def _last_settings_file(generations_dir: Path, teacher_name: str) -> Path:

@@ -53,7 +53,7 @@ class GenerationStore:
         flush_rows: int = 2048,
         flush_seconds: float = 30.0,
     ) -> None:
-        """Open a family and read the index of its keys.
+        """Open a family and read the index of its keys; nothing is written before the first flush.
 
         Args:
             flush_rows: :meth:`flush_if_due` writes when so many rows wait,
@@ -66,9 +66,7 @@ class GenerationStore:
         self._flush_rows, self._flush_seconds = flush_rows, flush_seconds
         self._waiting: list[dict[str, Any]] = []
         self._flushed_at = time.monotonic()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if not (self.folder / "family.json").exists():
-            write_whole(self.folder / "family.json", json.dumps(settings, indent=1, sort_keys=True))
+        self._settings = settings
         self._remove_abandoned()
         self._parts: list[Path] = sorted(self.folder.glob("part-*.parquet"))
         self._keys = np.empty(0, np.uint64)
@@ -116,6 +114,8 @@ class GenerationStore:
         self._flushed_at = time.monotonic()
         if not self._waiting:
             return
+        if not (self.folder / "family.json").exists():
+            write_whole(self.folder / "family.json", json.dumps(self._settings, indent=1, sort_keys=True))
         name = f"{time.time_ns():020d}-{uuid.uuid4().hex[:12]}.parquet"
         temporary, part = self.folder / f".tmp-{name}", self.folder / f"part-{name}"
         with temporary.open("wb") as file:

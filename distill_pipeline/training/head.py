@@ -137,6 +137,7 @@ class _HeadLoss(torch.autograd.Function):
                 grad_weight_VH.addmm_(logits_CV.T, chunk_CH)
             elif grad_weight_VH is not None:
                 grad_weight_VH += logits_CV.T @ chunk_CH
+            del logits_CV, teacher_CV  # before the next chunk takes its memory, not after
         if need_weight and grad_weight_VH is None:
             grad_weight_VH = torch.zeros_like(weight_VH)
         ctx.gradients = (grad_hidden_PH, None if grad_weight_VH is None else grad_weight_VH.to(weight_VH.dtype))

@@ -28,18 +28,17 @@ MAX_KIND_FRAC = 0.2
 
 TEMPLATES = {
     "plural": "What is the plural of {subject}?",
-    "past-tense": "What is the simple past of {subject}?",
+    "past-tense": "What is the past tense of the verb {subject}?",
     "superlative": "What is the superlative of {subject}? One word.",
     "opposite": "What is the opposite of {subject}? One word.",
-    "contraction": "What is the short form of {subject}?",
-    "sum": "What is the sum of {subject}?",
+    "sum": "What is {subject}?",
     "capital": "What is the capital of {subject}?",
     "continent": "{subject} is on which continent?",
     "language": "What is the main language of {subject}? One word.",
     "currency": "What is the currency of {subject}? One word.",
     "nationality": "What is the nationality of a person from {subject}?",
     "city": "What is the country where {subject} is?",
-    "landmark": "What is the country where {subject} is?",
+    "landmark": "What country is {subject} in? One word.",
     "chemical-symbol": "What is the chemical symbol for {subject}?",
     "study-of": "What is the study of {subject} called?",
     "sides": "How many sides does {subject} have?",
@@ -51,7 +50,7 @@ TEMPLATES = {
 def read_facts(kind: str) -> list[tuple[str, str]]:
     """The (subject, answer) pairs of a kind: from its table, or computed for sums."""
     if kind == "sum":
-        return [(f"{a} and {b}", str(a + b)) for a in range(1, 10) for b in range(1, 10)]
+        return [(f"{a} + {b}", str(a + b)) for a in range(1, 10) for b in range(a, 10)]
     lines = (HERE / "facts" / f"{kind}.tsv").read_text(encoding="utf-8").splitlines()
     return [(subject, answer) for subject, answer in (line.split("\t") for line in lines[1:])]
 

@@ -62,6 +62,17 @@ def test_shared_prefixes_change_no_answer(model: Any, renderer: ChatRenderer, re
         assert done.logprob == pytest.approx(theirs[key].logprob, abs=1e-3)
 
 
+@pytest.mark.parametrize("prompts", [[(5,)], [(5,), (5, 6), (5, 6, 7)], [(5, 6, 7), (8, 6, 7)], [(9,), (4, 4, 4, 4, 4, 4)]])
+def test_shared_prefixes_change_no_answer_at_their_edges(
+    model: Any, renderer: ChatRenderer, prompts: list[tuple[int, ...]]
+) -> None:
+    """One prompt, prompts that begin others, prompts that share nothing, very unequal ones."""
+    requests = [Request(f"{prompt}/{j}", prompt) for j in range(2) for prompt in prompts]
+    engines = [TransformersEngine(model, renderer, decoder=kind(model)) for kind in (SharedPrefixDecoder, PlainDecoder)]
+    ours, theirs = (tokens_of(engine.generate(requests, max_tokens=12, **SAMPLED)) for engine in engines)
+    assert ours == theirs
+
+
 def test_answer_does_not_depend_on_batch_mates(model: Any, renderer: ChatRenderer, requests: list[Request]) -> None:
     together = tokens_of(TransformersEngine(model, renderer).generate(requests, max_tokens=16, **SAMPLED))
     small = tokens_of(TransformersEngine(model, renderer, batch_tokens=256).generate(requests[::-1], max_tokens=16, **SAMPLED))
@@ -122,6 +133,8 @@ def test_batches_keep_to_the_budget_and_a_plans_rest_is_the_plan_of_the_rest(
         cost = sum(len(prompt) for prompt in {request.prompt_ids for request in batch}) + 30 * len(batch)
         assert cost <= 300
         assert len(batch) <= MAX_ROWS
+    lengths = [len(request.prompt_ids) for batch in plan for request in batch]
+    assert lengths == sorted(lengths)
     for done in range(len(plan)):
         finished = {request.key for batch in plan[:done] for request in batch}
         rest = [request for request in requests if request.key not in finished]

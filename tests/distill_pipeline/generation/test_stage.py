@@ -18,7 +18,7 @@ import torch
 from distill_pipeline.errors import EmptyResultError, GenerationError
 from distill_pipeline.generation import spool
 from distill_pipeline.generation.spec import SamplingSpec, TeacherSpec
-from distill_pipeline.generation.stage import generate_outputs
+from distill_pipeline.generation.stage import generate_outputs, missing_requests
 from distill_pipeline.models.resolve import ModelFolder, resolve_model
 from distill_pipeline.outcome import Outcome
 from distill_pipeline.records import COMPLETION_SCHEMA, PROMPT_SCHEMA, prompt_id
@@ -130,6 +130,27 @@ def test_more_samples_pay_for_the_new_ones_only(bench: Bench) -> None:
     after = {row["request_key"]: row["raw_text"] for row in bench.rows()}
     assert before.items() <= after.items()
     assert outcome.facts["settings_changed"] == {}
+
+
+def test_missing_requests_are_those_the_next_run_sends_and_counting_writes_nothing(bench: Bench) -> None:
+    prompts = [row for batch in pool_batches(range(6)) for row in batch.to_pylist()]
+    more = SAMPLING.model_copy(update={"n": 8})
+
+    def missing(sampling: SamplingSpec) -> int:
+        return missing_requests(
+            prompts,
+            teacher=TeacherSpec(model="tiny", sampling=sampling),
+            model=bench.model,
+            generations_dir=bench.generations_dir,
+            device="cpu",
+            seed=0,
+        )
+
+    assert missing(SAMPLING) == 12
+    assert not list(bench.generations_dir.iterdir())
+    bench.run(pool_batches(range(6)))
+    assert missing(SAMPLING) == 0
+    assert missing(more) == bench.run(pool_batches(range(6)), sampling=more).counts["generated"] == 36
 
 
 def test_new_reordered_and_removed_prompts_pay_for_the_new_ones_only(bench: Bench) -> None:

@@ -91,14 +91,31 @@ def test_of_two_writers_the_first_answer_stays(tmp_path: Path) -> None:
 
 
 def test_unfinished_file_of_a_killed_writer_is_ignored_and_later_removed(tmp_path: Path) -> None:
-    opened(tmp_path)
     torn = tmp_path / "family" / ".tmp-torn.parquet"
+    torn.parent.mkdir()
     torn.write_bytes(b"PAR1 half a fi")
     assert not opened(tmp_path).has(KEYS).any()
     assert torn.exists()
     os.utime(torn, (time.time() - 200_000,) * 2)
     opened(tmp_path)
     assert not torn.exists()
+
+
+def test_part_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = opened(tmp_path)
+    store.add([completion(KEYS[0])])
+
+    def fails_half_way(table: Any, file: Any, **options: Any) -> None:
+        file.write(b"PAR1 half a fi")
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pq, "write_table", fails_half_way)
+        with pytest.raises(OSError, match="no space left"):
+            store.flush()
+    assert not opened(tmp_path).has(KEYS).any()
+    store.flush()
+    assert opened(tmp_path).has(KEYS[:1]).all()
 
 
 def test_damaged_part_is_an_error_that_names_it(tmp_path: Path) -> None:
