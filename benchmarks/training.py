@@ -39,8 +39,8 @@ def variant_step(variant: str, tokens: int, chunk_tokens: int) -> Callable[[], o
     """One training step of the head alone."""
     torch.manual_seed(0)
     hidden_PH = torch.randn(tokens, STUDENT_WIDTH, requires_grad=True)
-    weight_VH = (torch.randn(VOCABULARY, STUDENT_WIDTH) * 0.05).requires_grad_(True)
-    teacher_PH, teacher_VH = torch.randn(tokens, TEACHER_WIDTH), torch.randn(VOCABULARY, TEACHER_WIDTH) * 0.05
+    weight_VH = torch.randn(VOCABULARY, STUDENT_WIDTH).mul_(0.05).requires_grad_(True)
+    teacher_PH, teacher_VH = torch.randn(tokens, TEACHER_WIDTH), torch.randn(VOCABULARY, TEACHER_WIDTH).mul_(0.05)
     labels_N = torch.randint(VOCABULARY, (tokens,))
     targets = simple_targets(labels_N)
 

@@ -28,8 +28,8 @@ STAGE_COMMANDS: Mapping[Stage, str] = {
 }  # fmt: skip
 """The ``distill`` subcommand that makes each stage's artifacts."""
 
-NO_RESULT_CHANGE = {"batch_tokens"}
-"""Fields of a teacher that change speed or memory only."""
+NO_RESULT_CHANGE = {"batch_tokens", "micro_batch_tokens", "batch_size"}
+"""Fields that change speed or memory only, wherever they stand."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def experiment_nodes(experiment: Experiment) -> dict[str, Node]:
     nodes: dict[str, Node] = {}
 
     def add(name: str, stage: Stage, algorithm: str, spec: dict[str, Any], inputs: tuple[str, ...], **who: str | None) -> None:
-        nodes[name] = Node(name, stage, inputs, spec, version_of([algorithm, spec]), **who)
+        nodes[name] = Node(name, stage, inputs, spec, version_of([algorithm, _deciding(spec)]), **who)
 
     evaluation = experiment.evaluation.document()
     tasks = {"tasks": evaluation["tasks"], "include_path": evaluation["include_path"]}
@@ -67,8 +67,7 @@ def experiment_nodes(experiment: Experiment) -> dict[str, Node]:
     add("prompt_pool", "prompt_pool", prompts_spec.ALGORITHM, pool, ())
     for teacher, part in experiment.teachers.items():
         outputs, scored = f"teacher_outputs/{teacher}", f"scored_outputs/{teacher}"
-        spec = {key: value for key, value in part.document().items() if key not in NO_RESULT_CHANGE}
-        spec = {"teacher": spec, "seed": experiment.seed}
+        spec = {"teacher": part.document(), "seed": experiment.seed}
         add(outputs, "teacher_outputs", generation_spec.ALGORITHM, spec, ("prompt_pool",), teacher=teacher)
         scorers = {domain: [scorer.document() for scorer in listed] for domain, listed in experiment.scorers.items()}
         spec = {"scorers": scorers}
@@ -99,3 +98,10 @@ def experiment_nodes(experiment: Experiment) -> dict[str, Node]:
     reports = tuple(name for name, node in nodes.items() if node.stage == "eval_report")
     add("comparison", "comparison", evaluation_spec.ALGORITHM, {"students": sorted(experiment.students)}, reports)
     return nodes
+
+
+def _deciding(spec: Any) -> Any:
+    """A part of the experiment without what cannot change a result."""
+    if isinstance(spec, dict):
+        return {key: _deciding(value) for key, value in spec.items() if key not in NO_RESULT_CHANGE}
+    return [_deciding(value) for value in spec] if isinstance(spec, list) else spec

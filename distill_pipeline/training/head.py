@@ -21,11 +21,11 @@ from torch import Tensor
 from distill_pipeline.errors import TrainingError
 from distill_pipeline.losses import cross_entropy_with_gradient, divergence_with_gradient, log_probs
 
-CHUNK_TOKENS = 128
+CHUNK_TOKENS = 80
 """Tokens whose logits exist at once: fewer starve the matrix product, more cost memory and gain nothing."""
 
-BLOCK_ELEMENTS = 1 << 19
-"""Logits that the losses work on at once on a CPU: 2 MiB an array, so that a handful stay in the cache."""
+BLOCK_ELEMENTS = 3 << 18
+"""Logits that the losses work on at once on a CPU: 3 MiB an array, so that a handful stay in the cache."""
 
 SCALING_ATTRIBUTES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 """What configurations call a function that follows the head."""
@@ -165,24 +165,33 @@ def _losses_in_place(
     sums = logits_CV.new_zeros(2, dtype=torch.float32)
     for start in range(0, len(logits_CV), rows):
         block_RV = logits_CV[start : start + rows]
+        teacher_RV = None if teacher_CV is None else teacher_CV[start : start + rows]
         part = targets.cut(start, start + len(block_RV))
-        pairs = (part.pair_position_N, part.pair_target_N, part.pair_weight_N)
-        log_q_RV = log_probs(block_RV)
-        ce_N, ce_grad_RV = cross_entropy_with_gradient(log_q_RV, *pairs, want_gradient=ce_weight > 0.0)
-        sums[1] += ce_N @ part.pair_weight_N
-        if teacher_CV is None:
-            assert ce_grad_RV is not None
-            block_RV.copy_(ce_grad_RV.mul_(ce_weight * scale))
-            continue
-        if kd_temperature != 1.0:
-            log_q_RV = log_probs(block_RV, kd_temperature)
-        log_p_RV = log_probs(teacher_CV[start : start + rows], kd_temperature)
-        kl_R, kl_grad_RV = divergence_with_gradient(divergence, log_q_RV, log_p_RV, kd_temperature=kd_temperature)
-        sums[0] += kl_R @ part.weight_P
-        block_RV.copy_(kl_grad_RV.mul_((part.weight_P * ((1.0 - ce_weight) * scale))[:, None]))
-        if ce_grad_RV is not None:
-            block_RV.add_(ce_grad_RV, alpha=ce_weight * scale)
+        sums += _block_in_place(block_RV, teacher_RV, part, divergence, kd_temperature, ce_weight, scale)
     return sums
+
+
+def _block_in_place(
+    block_RV: Tensor, teacher_RV: Tensor | None, targets: Targets, divergence: str, kd_temperature: float,
+    ce_weight: float, scale: float,
+) -> Tensor:  # fmt: skip
+    """The same for a few rows; a function of its own, so that its arrays are gone before the next rows take theirs."""
+    pairs = (targets.pair_position_N, targets.pair_target_N, targets.pair_weight_N)
+    log_q_RV = log_probs(block_RV)
+    ce_N, ce_grad_RV = cross_entropy_with_gradient(log_q_RV, *pairs, want_gradient=ce_weight > 0.0)
+    ce_sum = ce_N @ targets.pair_weight_N
+    if teacher_RV is None:
+        assert ce_grad_RV is not None
+        block_RV.copy_(ce_grad_RV.mul_(ce_weight * scale))
+        return torch.stack([torch.zeros_like(ce_sum), ce_sum])
+    if kd_temperature != 1.0:
+        log_q_RV = log_probs(block_RV, kd_temperature)
+    log_p_RV = log_probs(teacher_RV, kd_temperature)
+    kl_R, kl_grad_RV = divergence_with_gradient(divergence, log_q_RV, log_p_RV, kd_temperature=kd_temperature)
+    block_RV.copy_(kl_grad_RV.mul_((targets.weight_P * ((1.0 - ce_weight) * scale))[:, None]))
+    if ce_grad_RV is not None:
+        block_RV.add_(ce_grad_RV, alpha=ce_weight * scale)
+    return torch.stack([kl_R @ targets.weight_P, ce_sum])
 
 
 def plain_head(model: Any) -> Tensor:

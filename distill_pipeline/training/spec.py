@@ -51,7 +51,7 @@ class TrainStageSpec(Spec):
     epochs: float = Field(1.0, gt=0.0)
     max_steps: int | None = Field(None, ge=1, description="stop after this many optimizer steps")
     batch_prompts: int = Field(16, ge=1, description="prompts an optimizer step, each with all its completions")
-    micro_batch_tokens: int = Field(4096, ge=64, description="most tokens a forward pass; changes memory, never the result")
+    micro_batch_tokens: int = Field(1024, ge=64, description="most tokens a forward pass; changes memory, never the result")
     lr: float = Field(3e-4, gt=0.0)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_frac: float = Field(0.05, ge=0.0, lt=1.0)
@@ -65,4 +65,4 @@ class StudentSpec(Spec):
     data: tuple[DataRef, ...] = Field(min_length=1)
     init: InitSpec
     stages: tuple[TrainStageSpec, ...] = Field(min_length=1)
-    max_length: int = Field(2048, ge=16, description="longest prompt plus completion in tokens; longer ones are counted and left out")
+    max_length: int = Field(2048, ge=16, description="longest prompt plus completion in tokens; longer ones are left out, counted")
