@@ -49,20 +49,30 @@ def _machine(root: str) -> Iterator[Finding]:
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             free, total = torch.cuda.mem_get_info(index)
-            yield Finding(f"cuda:{index}", f"{torch.cuda.get_device_name(index)}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free")
+            yield Finding(
+                f"cuda:{index}", f"{torch.cuda.get_device_name(index)}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+            )
     else:
         yield Finding("cuda", "none; teacher and student run on the CPU")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    yield Finding("cpu", f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads, {memory / 2**30:.1f} GiB memory")
+    yield Finding(
+        "cpu", f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads, {memory / 2**30:.1f} GiB memory"
+    )
     if "://" not in root:
         folder = Path(root).resolve()
         while not folder.exists():
             folder = folder.parent
         free_bytes = shutil.disk_usage(folder).free
         said = f"{free_bytes / 2**30:.1f} GiB free at {folder}"
-        yield Finding("disk", said if free_bytes >= MIN_FREE_BYTES else f"{said}; a 135M student needs about 5 GiB", free_bytes < MIN_FREE_BYTES)
+        yield Finding(
+            "disk",
+            said if free_bytes >= MIN_FREE_BYTES else f"{said}; a 135M student needs about 5 GiB",
+            free_bytes < MIN_FREE_BYTES,
+        )
     offline = os.environ.get("HF_HUB_OFFLINE", "0") not in {"", "0"}
-    yield Finding("model hub", "HF_HUB_OFFLINE is set: only cached models are used" if offline else "asked when a model is not cached")
+    yield Finding(
+        "model hub", "HF_HUB_OFFLINE is set: only cached models are used" if offline else "asked when a model is not cached"
+    )
 
 
 def _store(root: str, clean: bool) -> Iterator[Finding]:

@@ -23,7 +23,9 @@ class LicenseTerms:
     clause: str
 
 
-def _rows(verdict: Literal["free", "conditional", "refused"], keys: str, clause: str, *obligations: str) -> dict[str, LicenseTerms]:
+def _rows(
+    verdict: Literal["free", "conditional", "refused"], keys: str, clause: str, *obligations: str
+) -> dict[str, LicenseTerms]:
     return {key: LicenseTerms(key, verdict, obligations, clause) for key in keys.split()}
 
 
@@ -42,7 +44,8 @@ TERMS: dict[str, LicenseTerms] = {
         "pass on the Gemma terms and the prohibited use policy",
     ),
     **_rows(
-        "conditional", "openrail openrail++ bigscience-openrail-m creativeml-openrail-m deepseek falcon-llm-license nvidia-open-model-license",
+        "conditional", "openrail openrail++ bigscience-openrail-m creativeml-openrail-m deepseek falcon-llm-license "
+        "nvidia-open-model-license",
         "use-based restrictions", "pass on the use restrictions",
     ),
     **_rows("refused", "llama2 llama3", "Llama Community License 1.b.v: outputs may not improve another language model"),

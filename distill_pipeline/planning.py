@@ -62,7 +62,9 @@ def plan_experiment(pipeline: Pipeline, *, probe: bool = True) -> list[PlanLine]
     """
     with _pool(pipeline) as (counts, batches):
         prompts = [row for batch in batches for row in batch.to_pylist() if row["split"] == "train"]
-    lines = [PlanLine("prompt_pool", counts["kept"], 0, 0, None, f"{counts['train']:,} to train on, {counts['heldout']:,} held out")]
+    lines = [
+        PlanLine("prompt_pool", counts["kept"], 0, 0, None, f"{counts['train']:,} to train on, {counts['heldout']:,} held out")
+    ]
     probes: dict[str, TeacherProbe] = {}
     for teacher in pipeline.experiment.teachers:
         line, found = _plan_teacher(pipeline, teacher, prompts, probe)
@@ -94,7 +96,9 @@ def plan_text(lines: Sequence[PlanLine]) -> str:
     rows = [head, *table, *total]
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
     return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:5], widths[1:], strict=True)), row[5]]).rstrip()
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:5], widths[1:], strict=True)), row[5]]
+        ).rstrip()
         for row in rows
     )
 
@@ -145,7 +149,9 @@ def _plan_teacher(
     node, expected = f"teacher_outputs/{name}", len(mine) * teacher.sampling.n
     if not probe or not mine:
         most = expected * teacher.sampling.max_tokens
-        return PlanLine(node, expected, most, int(most * BYTES_A_TOKEN), None, "tokens at most; stored answers not looked up"), None
+        return PlanLine(
+            node, expected, most, int(most * BYTES_A_TOKEN), None, "tokens at most; stored answers not looked up"
+        ), None
     found, missing = _probe_teacher(pipeline, name, mine)
     tokens = int(missing * found.tokens_per_row)
     size = int(missing * (found.tokens_per_row * BYTES_A_TOKEN + ROW_OVERHEAD_BYTES))

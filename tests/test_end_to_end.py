@@ -147,7 +147,7 @@ def test_a_raised_threshold_leaves_the_teacher_and_other_filters_alone(world: Wo
     pipeline = world.pipeline()
     assert pipeline.make("teacher_outputs/small").reused
     assert pipeline.make("scored_outputs/small").reused
-    with pytest.raises(MissingInputError, match="other settings.*distill filter EXPERIMENT small/every"):
+    with pytest.raises(MissingInputError, match=r"other settings.*distill filter EXPERIMENT small/every"):
         pipeline.make("student_checkpoint/kl")
     assert not pipeline.make("filtered_set/small/every").reused
     assert not pipeline.make("student_checkpoint/kl").reused

@@ -91,7 +91,7 @@ def _refuse_unsafe(tasks: Mapping[str, Any]) -> None:
 
 @contextmanager
 def _random_state_kept() -> Iterator[None]:
-    """lm-eval seeds every global generator; afterwards they are as they were. Its advice on its own command line is not shown."""
+    """lm-eval seeds every global generator; afterwards they are as they were."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield

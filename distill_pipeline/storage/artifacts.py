@@ -149,7 +149,9 @@ class Artifact:
         for entry in self.manifest.files:
             path = self.local_dir() / entry.path
             if not path.is_file():
-                raise IntegrityError(f"{self.name} {self.version}: {entry.path} is missing. Restore it or make the artifact again.")
+                raise IntegrityError(
+                    f"{self.name} {self.version}: {entry.path} is missing. Restore it or make the artifact again."
+                )
             if file_sha256(path) != entry.sha256:
                 raise IntegrityError(
                     f"{self.name} {self.version}: {entry.path} differs from its manifest (sha256 {entry.sha256[:16]}...). "
@@ -169,7 +171,9 @@ class ArtifactStore:
         """The folder of an artifact. Raises ConfigError for a name that could leave the store."""
         parts = name.split("/")
         if not all(re.fullmatch(NAME_PATTERN, part) for part in parts):
-            raise ConfigError(f"{name!r} is no artifact name: its parts have lower-case letters, digits and single underscores.")
+            raise ConfigError(
+                f"{name!r} is no artifact name: its parts have lower-case letters, digits and single underscores."
+            )
         return "/".join([self.root, *parts, *([version] if version else [])])
 
     def versions(self, name: str) -> list[str]:

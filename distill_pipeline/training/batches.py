@@ -1,9 +1,9 @@
 """From training rows to the tensors of an optimizer step.
 
-One sequence holds a prompt and all its completions: they form a tree whose trunk is the prompt and whose branches are the
-completions, merged as far as they begin with the same tokens. A token sees its ancestors only and its position is its
-depth, so every completion is read exactly as if it stood alone behind the prompt, and what completions share is computed
-once. The loss of a node is weighted by the number of completions that run through it. The order is depth-first, so the
+One sequence holds several prompts with all their completions: they form a tree, merged as far as they begin with the same
+tokens: the template's system turn, a question's first words, a prompt's completions. A token sees its ancestors only and its
+position is its depth, so every completion is read exactly as if it stood alone behind its prompt, and what texts share is
+computed once. The loss of a node is weighted by the number of completions that run through it. The order is depth-first, so the
 ancestors of token i are the tokens j <= i whose subtree ends after i: one number a token describes the whole mask.
 
 Masking: the last prompt token predicts each completion's first token, a completion token the next one, and the last of
@@ -35,6 +35,9 @@ from distill_pipeline.rendering import ChatRenderer
 from distill_pipeline.training.head import Targets
 
 Layout = Literal["shared", "plain"]
+
+TREE_TOKENS = 512
+"""Longest tree of several prompts: attention looks at all pairs of its tokens, which by then costs a tenth of the rest."""
 
 
 @dataclass(frozen=True)
@@ -145,39 +148,63 @@ class TokenTree:
     end: list[int]
     targets: dict[tuple[int, int], int]
     """How many completions put a token (second) right after a place of this sequence (first)."""
-    prompt_id: str
+    prompt_ids: tuple[str, ...]
 
 
-def sequences_of(example: Example, layout: Layout) -> list[TokenTree]:
-    """The sequences of one example: one (``shared``), or one a completion (``plain``)."""
-    groups = [example.completions] if layout == "shared" else [(completion,) for completion in example.completions]
-    return [_tree(example.prompt, completions, example.prompt_id) for completions in groups]
+def sequences_of(examples: Sequence[Example], layout: Layout, *, max_tokens: int) -> list[TokenTree]:
+    """The sequences of some examples: trees of at most ``max_tokens`` (``shared``), or one a completion (``plain``)."""
+    if layout == "plain":
+        return [_tree([replace(example, completions=(ids,))]) for example in examples for ids in example.completions]
+    return [_tree(group) for group in _neighbours(examples, min(max_tokens, TREE_TOKENS))]
 
 
-def _tree(prompt: tuple[int, ...], completions: Sequence[tuple[int, ...]], prompt_id: str) -> TokenTree:
-    tokens, depth = list(prompt), list(range(len(prompt)))
-    end = [0] * len(prompt)
+def _neighbours(examples: Sequence[Example], max_tokens: int) -> Iterator[list[Example]]:
+    """Examples whose prompts begin alike, as many as a tree of ``max_tokens`` holds; a longer one stands alone."""
+    group: list[Example] = []
+    used, last = 0, tuple[int, ...]()
+    for example in sorted(examples, key=lambda example: (example.prompt, example.prompt_id)):
+        own = len(example.prompt) + example.num_tokens
+        cost = own - _common(last, example.prompt)
+        if group and used + cost > max_tokens:
+            yield group
+            group, used, cost = [], 0, own
+        group.append(example)
+        used, last = used + cost, example.prompt
+    if group:
+        yield group
+
+
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
+    """Length of the common beginning."""
+    return next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second)))
+
+
+def _tree(examples: Sequence[Example]) -> TokenTree:
+    tokens: list[int] = []
+    depth: list[int] = []
+    end: list[int] = []
     targets: dict[tuple[int, int], int] = {}
-    # Sorted, completions that begin alike stand together, and each one leaves the path of the one before at one place.
+    # Sorted, texts that begin alike stand together, and each one leaves the path of the one before at one place.
+    texts = sorted((example.prompt + ids, len(example.prompt)) for example in examples for ids in example.completions)
     path: list[int] = []
     last: tuple[int, ...] = ()
-    for completion in sorted(completions):
-        inputs = completion[:-1]
-        shared = next((i for i, (a, b) in enumerate(zip(last, inputs, strict=False)) if a != b), min(len(last), len(inputs)))
+    for ids, prompt_length in texts:
+        inputs = ids[:-1]
+        shared = _common(last, inputs)
         for place in path[shared:]:
             end[place] = len(tokens)
         del path[shared:]
         for offset in range(shared, len(inputs)):
             path.append(len(tokens))
             tokens.append(inputs[offset])
-            depth.append(len(prompt) + offset)
+            depth.append(offset)
             end.append(0)
         last = inputs
-        for place, target in zip([len(prompt) - 1, *path], completion, strict=True):
+        for place, target in zip(path[prompt_length - 1 :], ids[prompt_length:], strict=True):
             targets[place, target] = targets.get((place, target), 0) + 1
-    for place in [*range(len(prompt)), *path]:
+    for place in path:
         end[place] = len(tokens)
-    return TokenTree(tokens, depth, end, targets, prompt_id)
+    return TokenTree(tokens, depth, end, targets, tuple(example.prompt_id for example in examples))
 
 
 @dataclass(frozen=True)
@@ -224,7 +251,7 @@ def micro_batches(examples: Sequence[Example], *, layout: Layout, max_tokens: in
 
     Sequences of similar length go together; one that alone is longer than ``max_tokens`` goes alone.
     """
-    sequences = [sequence for example in examples for sequence in sequences_of(example, layout)]
+    sequences = sequences_of(examples, layout, max_tokens=max_tokens)
     sequences.sort(key=lambda sequence: -len(sequence.tokens))
     start = 0
     while start < len(sequences):
@@ -258,5 +285,5 @@ def collate(sequences: Sequence[TokenTree], *, layout: Layout, pad_id: int) -> M
     return MicroBatch(
         torch.from_numpy(token_ids), torch.from_numpy(position_ids), torch.from_numpy(end), torch.tensor(lengths),
         torch.tensor(places), Targets(bounds, position_N, target_N, weight_N.float(), weight_P), int(weight_N.sum()),
-        tuple(dict.fromkeys(sequence.prompt_id for sequence in sequences)), layout,
+        tuple(dict.fromkeys(name for sequence in sequences for name in sequence.prompt_ids)), layout,
     )  # fmt: skip

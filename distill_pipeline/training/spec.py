@@ -65,4 +65,6 @@ class StudentSpec(Spec):
     data: tuple[DataRef, ...] = Field(min_length=1)
     init: InitSpec
     stages: tuple[TrainStageSpec, ...] = Field(min_length=1)
-    max_length: int = Field(2048, ge=16, description="longest prompt plus completion in tokens; longer ones are left out, counted")
+    max_length: int = Field(
+        2048, ge=16, description="longest prompt plus completion in tokens; longer ones are left out, counted"
+    )

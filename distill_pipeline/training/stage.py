@@ -32,7 +32,7 @@ from distill_pipeline.training.loop import ModelPair, TrainingRun
 from distill_pipeline.training.spec import ALGORITHM, StudentSpec
 from distill_pipeline.training.student import InitialStudent, initial_student
 
-CALIBRATION_EXAMPLES = 128
+CALIBRATION_EXAMPLES = 48
 """Prompts, with one completion each, on which block influence is measured."""
 
 CURVE_SCHEMA = pa.schema(
@@ -65,7 +65,7 @@ def train_student(
     device: str,
     seed: int,
     progress: Progress,
-    checkpoint_seconds: float = 60.0,
+    checkpoint_seconds: float = 120.0,
 ) -> Outcome:
     """Train a student and write it to ``out_dir``.
 

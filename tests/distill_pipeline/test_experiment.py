@@ -103,7 +103,7 @@ def test_a_file_that_is_no_yaml_mapping_is_one_clear_error(tmp_path: Path, conte
 
 
 def test_a_missing_file_is_one_clear_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot read the experiment file .*No such file"):
+    with pytest.raises(ConfigError, match=r"cannot read the experiment file .*No such file"):
         load_experiment(tmp_path / "none.yaml")
 
 

@@ -87,7 +87,9 @@ def _is_running(pid: int) -> bool:
 def test_it_works_in_a_thread_and_leaves_no_file_open(kind: str) -> None:
     before = len(os.listdir("/proc/self/fd"))
     found: list[float | None] = []
-    thread = threading.Thread(target=lambda: found.extend(v.score for v in score_answers(kind, rows_of(("a", "a"), ("a", "exit")))))
+    thread = threading.Thread(
+        target=lambda: found.extend(v.score for v in score_answers(kind, rows_of(("a", "a"), ("a", "exit"))))
+    )
     thread.start()
     thread.join()
     assert found == [1.0, None]

@@ -121,10 +121,17 @@ def test_any_name_stays_inside_the_root_or_is_refused(name: str) -> None:
 
 
 def test_a_crashed_draft_leaves_no_artifact(store: ArtifactStore) -> None:
-    with pytest.raises(RuntimeError, match="crash"), store.draft() as folder:
-        (folder / "words.txt").write_text("x")
-        raise RuntimeError("crash")
-    assert not folder.exists()
+    folders: list[Path] = []
+
+    def crash() -> None:
+        with store.draft() as folder:
+            folders.append(folder)
+            (folder / "words.txt").write_text("x")
+            raise RuntimeError("crash")
+
+    with pytest.raises(RuntimeError, match="crash"):
+        crash()
+    assert not folders[0].exists()
     assert store.latest("prompt_pool") is None
 
 

@@ -138,9 +138,19 @@ def test_no_forward_pass_exceeds_its_budget_unless_one_sequence_does(examples: l
 
 def test_completions_that_begin_alike_are_read_once() -> None:
     example = Example("p", (3, 4), ((5, 6, 7), (5, 6, 8), (5, 6, 7)))
-    (tree,) = sequences_of(example, "shared")
+    (tree,) = sequences_of([example], "shared", max_tokens=60)
     assert tree.tokens == [3, 4, 5, 6]
     assert tree.targets == {(1, 5): 3, (2, 6): 3, (3, 7): 2, (3, 8): 1}
+
+
+def test_prompts_that_begin_alike_are_read_once_and_never_see_each_other() -> None:
+    first, second = Example("p", (1, 2, 3), ((5, 6),)), Example("q", (1, 2, 4), ((5, 7), (8, 9)))
+    (tree,) = sequences_of([second, first], "shared", max_tokens=60)
+    assert tree.tokens == [1, 2, 3, 5, 4, 5, 8]
+    assert tree.depth == [0, 1, 2, 3, 2, 3, 3]
+    assert tree.end == [7, 7, 4, 4, 7, 6, 7]
+    assert tree.targets == {(2, 5): 1, (3, 6): 1, (4, 5): 1, (5, 7): 1, (4, 8): 1, (6, 9): 1}
+    assert len(sequences_of([second, first], "shared", max_tokens=7)) == 2
 
 
 @pytest.fixture
