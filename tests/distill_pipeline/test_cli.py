@@ -94,7 +94,7 @@ def test_a_plan_without_a_probe_counts_rows_and_opens_no_model(file: Path) -> No
     (tasks / "docs.jsonl").write_text('{"prompt": "held out", "reference": "yes"}\n')
     result = run("plan", file, "--no-probe", "--root", file.parent / "data")
     assert result.exit_code == 0, result.output
-    train = int(next(line for line in result.output.splitlines() if line.startswith("prompt_pool")).split()[5])
+    train = int(next(line for line in result.stdout.splitlines() if line.startswith("prompt_pool")).split()[5])
     line = next(line for line in result.output.splitlines() if line.startswith("teacher_outputs/small"))
     assert line.split()[1] == str(4 * train)
     assert not (file.parent / "data" / "prompt_pool").exists()
@@ -124,7 +124,7 @@ def test_lineage_finds_a_changed_file_and_exits_with_1(file: Path) -> None:
 def test_doctor_finds_and_cleans_what_a_crash_left(tmp_path: Path) -> None:
     root = tmp_path / "data"
     (root / ".drafts" / "draft-999999-abc").mkdir(parents=True)
-    (root / ".work" / "student_checkpoint__kl" / "0" * 16).mkdir(parents=True)
+    (root / ".work" / "student_checkpoint__kl" / ("0" * 16)).mkdir(parents=True)
     told = run("doctor", "--root", root)
     assert "draft-999999-abc of a process that is gone ; remove it with --clean" in told.output
     assert "student_checkpoint__kl, 0.0 days old, continues when its stage runs again" in told.output
