@@ -14,6 +14,8 @@ from pathlib import Path
 import dagster as dg
 from dagster import DagsterInstance, DagsterRun, DagsterRunStatus, EventLogEntry
 
+from distill_pipeline.doctor import process_exists
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 UNFINISHED = [DagsterRunStatus.STARTING, DagsterRunStatus.STARTED, DagsterRunStatus.CANCELING]
 CLOCK_SLACK_SECONDS = 5.0
@@ -65,12 +67,8 @@ def run_processes(events: list[EventLogEntry]) -> dict[int, float]:
 
 def is_alive(pid: int, last_seen: float) -> bool:
     """Whether a process still runs. One that started after ``last_seen`` is another that got the same number."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+    if not process_exists(pid):
         return False
-    except PermissionError:
-        return True
     started = _start_time(pid)
     return started is None or started <= last_seen + CLOCK_SLACK_SECONDS
 

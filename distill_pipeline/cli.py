@@ -173,9 +173,8 @@ def lineage(student: str, root: str) -> None:
     story = trace(artifact)
     for line in lineage_lines(story):
         click.echo(line)
-    if not story.is_intact:
-        states = [story.own_state, *(state for _, state in story.ancestors)]
-        raise IntegrityError(next(state for state in states if state not in {"verified", "absent"}))
+    if story.first_difference is not None:
+        raise IntegrityError(story.first_difference)
 
 
 @main.command()

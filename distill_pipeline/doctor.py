@@ -96,7 +96,7 @@ def _store(root: str, clean: bool) -> Iterator[Finding]:
 def _leftovers(root: Path, clean: bool) -> Iterator[Finding]:
     """Drafts of processes that are gone, and checkpoints of work that never finished."""
     for draft in sorted(root.glob(".drafts/draft-*")):
-        if _is_alive(int(draft.name.split("-")[1])):
+        if process_exists(int(draft.name.split("-")[1])):
             continue
         if clean:
             shutil.rmtree(draft)
@@ -109,7 +109,8 @@ def _leftovers(root: Path, clean: bool) -> Iterator[Finding]:
         yield Finding("unfinished", f"{work.parent.name}, {age:.1f} days old, {what}")
 
 
-def _is_alive(pid: int) -> bool:
+def process_exists(pid: int) -> bool:
+    """Whether this machine has a process of that number, of any user."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -22,9 +22,15 @@ class Lineage:
     own_state: str
 
     @property
+    def first_difference(self) -> str | None:
+        """What first differs from its manifest, nearest artifact first; None where nothing that is still there does."""
+        states = (self.own_state, *(state for _, state in self.ancestors))
+        return next((state for state in states if state not in {"verified", "absent"}), None)
+
+    @property
     def is_intact(self) -> bool:
         """Nothing that is still there differs from its manifest."""
-        return all(state in {"verified", "absent"} for state in (self.own_state, *(state for _, state in self.ancestors)))
+        return self.first_difference is None
 
 
 def open_folder(folder: Path) -> Artifact:

@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from distill_pipeline.errors import ConfigError, EmptyResultError
-from distill_pipeline.experiment import Experiment
+from distill_pipeline.experiment import Experiment, load_experiment
 from distill_pipeline.nodes import Node, experiment_nodes
 from distill_pipeline.outcome import Progress
 from distill_pipeline.runners import EXTERNAL_INPUTS, RUNNERS, UNHASHED_FILES
@@ -116,6 +116,4 @@ def recorded_packages() -> dict[str, str]:
 
 def open_pipeline(experiment_path: str | Path, root: str | Path, **options: object) -> Pipeline:
     """A pipeline from the paths of an experiment file and of a store; options as of :class:`Pipeline`."""
-    from distill_pipeline.experiment import load_experiment
-
     return Pipeline(load_experiment(experiment_path), ArtifactStore(root), **options)  # type: ignore[arg-type]

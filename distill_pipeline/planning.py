@@ -6,7 +6,6 @@ nothing. What cannot be known before it happens (how many answers a filter accep
 """
 
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,8 +27,7 @@ ROW_OVERHEAD_BYTES = 300
 """Ids, counts and keys of a stored completion beside its text, compressed."""
 BYTES_A_TOKEN = 4.5
 TRAINING_COPIES = 4
-"""Float32 copies of a student's weights while it trains and is saved: weights, two Adam moments, one checkpoint of all three
-counts once more while it is replaced."""
+"""A student's weights on disk, in float32 copies: the finished model, and a checkpoint with weights and two Adam moments."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,6 @@ class TeacherProbe:
 
     rows_per_second: float
     tokens_per_row: float
-    prompt_tokens: float
     training_rows: list[dict[str, Any]]
 
 
@@ -187,7 +184,6 @@ def _probe_teacher(pipeline: Pipeline, name: str, prompts: Sequence[dict[str, An
     return TeacherProbe(
         rows_per_second=len(answers) / max(facts["seconds"], 1e-6),
         tokens_per_row=facts["completion_tokens"] / len(answers),
-        prompt_tokens=facts["prompt_tokens"] / len(chosen),
         training_rows=rows,
     ), missing
 
@@ -220,7 +216,6 @@ def _probe_student(pipeline: Pipeline, name: str, probe: TeacherProbe) -> tuple[
     work = _work(pipeline, node)
     pipeline.progress(f"probe: one step of {name}")
     with tempfile.TemporaryDirectory() as folder:
-        started = time.monotonic()
         outcome = train_student(
             [pa.RecordBatch.from_pylist(_training_rows(probe.training_rows), schema=TRAINING_SCHEMA)], Path(folder, "out"),
             Path(folder, "work"), student=recipe.model_copy(update={"stages": steps}), teacher=work.teacher_model(),
@@ -228,8 +223,7 @@ def _probe_student(pipeline: Pipeline, name: str, probe: TeacherProbe) -> tuple[
             system=pipeline.experiment.teachers[work.teacher_name].system, device=pipeline.student_device,
             seed=pipeline.experiment.seed, progress=lambda line: None,
         )  # fmt: skip
-        spent = outcome.facts.get("seconds", time.monotonic() - started)
-    return spent / max(outcome.counts["trained_tokens"], 1), int(outcome.facts["parameters"])
+        return outcome.facts["seconds"] / max(outcome.counts["trained_tokens"], 1), int(outcome.facts["parameters"])
 
 
 def _training_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

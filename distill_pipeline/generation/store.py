@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from distill_pipeline.errors import IntegrityError
 from distill_pipeline.generation.engine import Completion
-from distill_pipeline.storage.files import write_whole
+from distill_pipeline.storage.files import sync, write_whole
 
 STORED_SCHEMA = pa.schema(
     [
@@ -123,7 +123,7 @@ class GenerationStore:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, part)
-        _sync_folder(self.folder)
+        sync(self.folder)
         self._waiting.clear()
         self._parts.append(part)
         self._index([(len(self._parts) - 1, part)])
@@ -167,11 +167,3 @@ class GenerationStore:
 def _short(keys: Sequence[str]) -> np.ndarray[Any, np.dtype[np.uint64]]:
     """The first 64 bits of hexadecimal keys: 10 million rows share one with p < 3e-6, and reading compares the whole key."""
     return np.array([int(key[:16], 16) for key in keys], dtype=np.uint64)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

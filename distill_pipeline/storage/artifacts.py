@@ -30,6 +30,7 @@ from pydantic import BaseModel, ConfigDict
 from distill_pipeline.errors import ConfigError, IntegrityError, MissingInputError
 from distill_pipeline.hashing import file_sha256, files_version, version_of
 from distill_pipeline.spec import NAME_PATTERN
+from distill_pipeline.storage.files import write_whole
 
 MANIFEST = "manifest.json"
 LATEST = "latest.json"
@@ -320,12 +321,7 @@ class ArtifactStore:
         if not self.is_local:
             self.filesystem.pipe_file(path, text.encode())
             return
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=Path(path).parent, prefix=".tmp-", delete=False, encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(file.name, path)
+        write_whole(Path(path), text)
 
 
 def _lineage(inputs: Iterable[Artifact]) -> list[Ancestor]:

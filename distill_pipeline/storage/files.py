@@ -1,4 +1,4 @@
-"""Small files that nobody ever sees half of."""
+"""Files that nobody ever sees half of, also after a crash."""
 
 import os
 import tempfile
@@ -13,3 +13,12 @@ def write_whole(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(file.name, path)
+
+
+def sync(path: Path) -> None:
+    """Have a file's content, or a folder's list of names, reach the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from distill_pipeline.hashing import file_sha256
 from distill_pipeline.outcome import Progress
+from distill_pipeline.storage.files import sync
 
 KEPT = 2
 STATE = "state.json"
@@ -66,13 +67,13 @@ def save_checkpoint(folder: Path, step: int, model: Any, optimizer: torch.optim.
     hashes = {}
     for name, tensors in files.items():
         save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, temporary / name)
-        _sync(temporary / name)
+        sync(temporary / name)
         hashes[name] = file_sha256(temporary / name)
     (temporary / STATE).write_text(json.dumps({"files": hashes, "state": dict(state)}), encoding="utf-8")
-    _sync(temporary / STATE)
-    _sync(temporary)
+    sync(temporary / STATE)
+    sync(temporary)
     os.replace(temporary, final)
-    _sync(folder)
+    sync(folder)
     for old in _folders(folder)[:-KEPT]:
         shutil.rmtree(old, ignore_errors=True)
     return final
@@ -136,11 +137,3 @@ def _read(path: Path) -> Checkpoint | None:
         return Checkpoint(path, document["state"]) if whole and document["files"] else None
     except (OSError, ValueError, KeyError, TypeError, SafetensorError):
         return None
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
