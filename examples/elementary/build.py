@@ -29,20 +29,17 @@ MAX_KIND_FRAC = 0.2
 TEMPLATES = {
     "plural": "What is the plural of {subject}?",
     "past-tense": "What is the past tense of the verb {subject}?",
-    "superlative": "What is the superlative of {subject}? One word.",
     "opposite": "What is the opposite of {subject}? One word.",
     "sum": "What is {subject}?",
     "capital": "What is the capital of {subject}?",
     "continent": "{subject} is on which continent?",
     "language": "What is the main language of {subject}? One word.",
-    "currency": "What is the currency of {subject}? One word.",
     "nationality": "What is the nationality of a person from {subject}?",
     "city": "What is the country where {subject} is?",
     "landmark": "What country is {subject} in? One word.",
     "chemical-symbol": "What is the chemical symbol for {subject}?",
     "study-of": "What is the study of {subject} called?",
     "sides": "How many sides does {subject} have?",
-    "legs": "How many legs has {subject}?",
 }
 """The question of each kind, in the order of the file. Kinds and templates were chosen by the teacher's accuracy."""
 
