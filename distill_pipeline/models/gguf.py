@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ def _convert(file: Path, folder: Path) -> None:
 
     from distill_pipeline.models.load import silent_bars
 
-    with silent_bars(), _silent_tqdm(modeling_gguf_pytorch_utils):
+    with silent_bars(), _silent_tqdm(modeling_gguf_pytorch_utils), _read_once():
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name, local_files_only=True)
             loaded = AutoModelForCausalLM.from_pretrained(
@@ -99,6 +99,19 @@ def _silent_tqdm(module: Any) -> Iterator[None]:
         yield
     finally:
         module.tqdm = before
+
+
+@contextmanager
+def _read_once() -> Iterator[None]:
+    """Inside, a GGUF file's table of contents is read once: transformers asks for it anew for tokenizer, config and weights."""
+    import gguf
+
+    before = gguf.GGUFReader
+    gguf.GGUFReader = lru_cache(before)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = before
 
 
 def _license_of(file: Path) -> str | None:
