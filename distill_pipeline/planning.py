@@ -194,8 +194,8 @@ def _plan_student(pipeline: Pipeline, name: str, prompts: Sequence[dict[str, Any
     a_prompt = 0
     for reference in recipe.data:
         teacher, rule = reference.split("/")
-        n, most = pipeline.experiment.teachers[teacher].sampling.n, pipeline.experiment.filters[rule].max_per_prompt
-        a_prompt += n if most is None else min(n, most)
+        n = pipeline.experiment.teachers[teacher].sampling.n
+        a_prompt += max(min(n, part.most_per_prompt or n) for part in pipeline.experiment.filters[rule].rules())
     epochs = sum(stage.epochs for stage in recipe.stages)
     rows, note = int(len(prompts) * a_prompt * epochs), "if the filter accepts everything"
     if probe is None:
