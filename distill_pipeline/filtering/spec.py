@@ -53,7 +53,7 @@ def _languages(value: Any) -> Any:
 
 
 class RepetitionSpec(Spec):
-    """How going round in circles is looked for: by ``gopher`` (n-gram and line rules, and loops), ``loops`` only, or ``off``."""
+    """How going round in circles is looked for: ``gopher`` (n-gram and line rules, and loops), ``loops`` only, or ``off``."""
 
     reasoning: RepetitionTest = "gopher"
     answer: RepetitionTest = "gopher"

@@ -20,10 +20,8 @@ REJECT_REASONS = (
     "contaminated", "duplicate", "unknown_difficulty", "too_easy", "too_hard", "unknown_score", "below_min_score",
     "near_duplicate", "not_diverse", "not_best", "over_max_per_prompt",
 )  # fmt: skip
-"""All reasons, in the order in which the first one counts: no answer, the prompt, the text, the prompt's difficulty, the scores, and
-last what depends on better completions. One with an earlier reason is never compared with others, so it has none of the last
-four."""
-
+"""All reasons, in the order in which the first one counts: no answer, the prompt, the text, the prompt's difficulty, scores,
+and what depends on better completions: one with an earlier reason is never compared, so it has none of the last four."""
 
 _ROUNDING = 1e-9
 
