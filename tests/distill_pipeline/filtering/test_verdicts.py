@@ -178,12 +178,11 @@ ROWS = st.lists(
     min_size=1, max_size=6,
 )  # fmt: skip
 RULES = st.fixed_dictionaries(
-    {
+    {},
+    optional={
         "drop": st.lists(
             st.sampled_from(["truncated", "refusal", "self_reference", "repetition", "empty", "duplicate"]), unique=True
-        )
-    },
-    optional={
+        ),
         "min_score": st.sampled_from([0.5, 1.0]), "keep": st.sampled_from(["all", "best_of_n", "shortest", 2]),
         "max_per_prompt": st.sampled_from([1, 2]), "near_duplicate": st.sampled_from([{}, {"threshold": 0.5}]),
         "difficulty": st.sampled_from([{"min": 0.3}, {"max": 0.7}]), "diversity": st.just({"max_similarity": 0.6}),
