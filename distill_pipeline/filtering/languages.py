@@ -32,7 +32,7 @@ _FORMULA = re.compile(
     r"|\\[A-Za-z]+(?:\{[^{}\n]*\})*",
     re.DOTALL,
 )
-_LINK = re.compile(r"\b(?:https?://|www\.)\S+|\S+@\S+\.\S+")
+_LINK = re.compile(r"\S+://\S+|\bwww\.\S+|\S+@\S+")
 _CODE_SIGNS = re.compile(r"[{}()\[\];=<>_\\^|&#+*/~@$%]")
 _CODE_START = re.compile(r"\s*(?:import |from \w+ import |def \w|class \w+[(:]|return\b|#include|#!|//|SELECT |\$ |>>> )")
 _CODE_SIGN_FRAC = 0.1
@@ -46,10 +46,10 @@ def other_language(text: str, allowed: tuple[str, ...]) -> str | None:
     Raises:
         ConfigError: py3langid is not installed.
     """
-    prose = prose_of(text)
+    prose = prose_of(text)[:JUDGED_CHARS]
     if sum(map(str.isalpha, prose)) < MIN_LETTERS:
         return None
-    ranked: dict[str, float] = dict(_identifier().rank(prose[:JUDGED_CHARS]))
+    ranked: dict[str, float] = dict(_identifier().rank(prose))
     if sum(ranked.get(code, 0.0) for code in allowed) >= MAX_ALLOWED_PROB:
         return None
     code, prob = next((code, prob) for code, prob in ranked.items() if code != NO_LANGUAGE)
@@ -63,7 +63,9 @@ def prose_of(text: str) -> str:
         head = _FENCED.sub(" ", head)
     if "$" in head or "\\" in head:
         head = _FORMULA.sub(" ", head)
-    lines = [line for line in _LINK.sub(" ", head).splitlines() if line.strip()]
+    if "@" in head or "://" in head or "www." in head:
+        head = _LINK.sub(" ", head)
+    lines = [line for line in head.splitlines() if line.strip()]
     prose = [line for line in lines if not _is_code(line)]
     return "\n".join(prose) if len(lines) - len(prose) <= CODE_LINE_FRAC * len(lines) else ""
 

@@ -6,33 +6,31 @@ is one shingle, and is alike only where all its words are.
 
 import numpy as np
 
-from distill_pipeline.ngrams import Hashes, tokens
-from distill_pipeline.prompts.near_dedup import shingles_of
+from distill_pipeline.ngrams import ngram_hashes, tokens
+from distill_pipeline.prompts.near_dedup import SHINGLE_WORDS
+
+Shingles = frozenset[int]
+"""64-bit hashes of the different 5-grams of a text."""
 
 _ROUNDING = 1e-9
 
 
-def completion_shingles(reasoning: str | None, answer: str) -> Hashes:
-    """The distinct shingles of a completion, sorted."""
+def completion_shingles(reasoning: str | None, answer: str) -> Shingles:
+    """The shingles of a completion; of one without words a single zero."""
     _, hashes = tokens(answer)
     if reasoning:
         hashes = np.concatenate([tokens(reasoning)[1], hashes])
-    return shingles_of(hashes)
+    grams = ngram_hashes(hashes, max(1, min(SHINGLE_WORDS, len(hashes))))
+    return frozenset(grams.tolist() or (0,))
 
 
-def is_alike(one: Hashes, other: Hashes, similarity: float) -> bool:
-    """Whether two sets of shingles have at least this Jaccard similarity, in (0, 1]."""
-    small, large = sorted((len(one), len(other)))
-    if small < similarity * large - _ROUNDING:
-        return False  # even if one holds all of the other
-    shared = len(np.intersect1d(one, other, assume_unique=True))
-    return shared >= similarity * (small + large - shared) - _ROUNDING
+def is_alike(one: Shingles, other: Shingles, similarity: float) -> bool:
+    """Whether two texts have at least this Jaccard similarity, in (0, 1]."""
+    shared = len(one & other)
+    return shared >= similarity * (len(one) + len(other) - shared) - _ROUNDING
 
 
-def is_more_alike(one: Hashes, other: Hashes, similarity: float) -> bool:
-    """Whether two sets of shingles have more than this Jaccard similarity, in [0, 1)."""
-    small, large = sorted((len(one), len(other)))
-    if small <= similarity * large + _ROUNDING:
-        return False
-    shared = len(np.intersect1d(one, other, assume_unique=True))
-    return shared > similarity * (small + large - shared) + _ROUNDING
+def is_more_alike(one: Shingles, other: Shingles, similarity: float) -> bool:
+    """Whether two texts have more than this Jaccard similarity, in [0, 1)."""
+    shared = len(one & other)
+    return shared > similarity * (len(one) + len(other) - shared) + _ROUNDING

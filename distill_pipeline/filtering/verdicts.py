@@ -10,9 +10,8 @@ from typing import Any
 from distill_pipeline.filtering import rules
 from distill_pipeline.filtering.languages import other_language
 from distill_pipeline.filtering.lengths import TokenCounters
-from distill_pipeline.filtering.similarity import completion_shingles, is_alike, is_more_alike
+from distill_pipeline.filtering.similarity import Shingles, completion_shingles, is_alike, is_more_alike
 from distill_pipeline.filtering.spec import TEACHER_TOKENIZER, DifficultySpec, FilterRule, LengthSpec
-from distill_pipeline.ngrams import Hashes
 from distill_pipeline.prompts.contamination import ContaminationIndex
 
 REJECT_REASONS = (
@@ -38,7 +37,7 @@ class Verdict:
     reasons: list[str] = field(default_factory=list)
     rank: int | None = None
     detail: str = ""
-    shingles: Hashes | None = None
+    shingles: Shingles | None = None
 
     @property
     def known_scores(self) -> list[float]:
@@ -205,7 +204,7 @@ def _is_like_any(verdict: Verdict, kept: Sequence[Verdict], most: float) -> bool
     return any(is_more_alike(_shingles(verdict), _shingles(other), most) for other in kept)
 
 
-def _shingles(verdict: Verdict) -> Hashes:
+def _shingles(verdict: Verdict) -> Shingles:
     if verdict.shingles is None:
         verdict.shingles = completion_shingles(verdict.row["reasoning"], verdict.row["answer"])
     return verdict.shingles
