@@ -127,6 +127,11 @@ def test_the_whole_graph_is_made_once_and_then_nothing_is_done(world: World) -> 
     needed = {"student", "teacher", "filter", "method", "parameters", "tasks", "gap_recovered", "yields", "input_versions"}
     assert needed <= set(report)
     assert len(first["comparison"].read_json("comparison.json")) == 2
+    funnel = report["filters"]["small/every"]["funnel"]["words"]
+    assert (funnel["prompts"], funnel["completions"], funnel["accepted"]) == (40, 120, 120)
+    assert "What the filter small/every decided" in (first["eval_report/kl"].local_dir() / "report.html").read_text()
+    leaderboard = first["comparison"].read_json("leaderboard.json")
+    assert [row["name"] for row in leaderboard["filters"]] == ["small/every"]
 
 
 def test_ten_new_prompts_send_ten_to_the_teacher(world: World) -> None:
