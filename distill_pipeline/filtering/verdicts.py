@@ -27,17 +27,13 @@ _ROUNDING = 1e-9
 
 @dataclass(slots=True)
 class Verdict:
-    """What was decided about one completion. ``detail`` says more about contamination, language and length.
-
-    ``shingles`` are there once the completion is compared with others.
-    """
+    """What was decided about one completion. ``detail`` says more about contamination, language, length and likeness."""
 
     row: Mapping[str, Any]
     scores: Sequence[Mapping[str, Any]]
     reasons: list[str] = field(default_factory=list)
     rank: int | None = None
     detail: str = ""
-    shingles: Shingles | None = None
 
     @property
     def known_scores(self) -> list[float]:
@@ -170,9 +166,10 @@ def _judge_scores(verdict: Verdict, rule: FilterRule) -> None:
 
 def _choose(eligible: list[Verdict], rule: FilterRule) -> None:
     """Keep what the rule allows of completions that have no reason, and rank the kept ones, best first."""
+    likeness = _Likeness()
     ranked = sorted(eligible, key=lambda v: (-v.mean_score, *_length(v)))
     if rule.near_duplicate is not None and "near_duplicate" in rule.drop:
-        _drop_near_duplicates(ranked, rule.near_duplicate.threshold)
+        _drop_near_duplicates(ranked, rule.near_duplicate.threshold, likeness)
     by_length = sorted(ranked, key=lambda v: (*_length(v)[:1], -v.mean_score, v.row["sample_index"]))
     order = [verdict for verdict in (by_length if rule.keep == "shortest" else ranked) if not verdict.reasons]
     limit = rule.most_per_prompt
@@ -180,7 +177,7 @@ def _choose(eligible: list[Verdict], rule: FilterRule) -> None:
     for verdict in order:
         if limit is not None and len(kept) >= limit:
             verdict.reasons.append("over_max_per_prompt" if rule.keep == "all" else "not_best")
-        elif rule.diversity is not None and _is_like_any(verdict, kept, rule.diversity.max_similarity):
+        elif rule.diversity is not None and likeness.has_closer(verdict, kept, rule.diversity.max_similarity):
             verdict.reasons.append("not_diverse")
         else:
             kept.append(verdict)
@@ -188,11 +185,11 @@ def _choose(eligible: list[Verdict], rule: FilterRule) -> None:
         verdict.rank = rank
 
 
-def _drop_near_duplicates(ranked: Sequence[Verdict], threshold: float) -> None:
+def _drop_near_duplicates(ranked: Sequence[Verdict], threshold: float, likeness: "_Likeness") -> None:
     """The best of those that are alike stays; each is compared with the ones that stay."""
     kept: list[Verdict] = []
     for verdict in ranked if len(ranked) > 1 else ():
-        twin = next((other for other in kept if is_alike(_shingles(verdict), _shingles(other), threshold)), None)
+        twin = likeness.first_twin(verdict, kept, threshold)
         if twin is None:
             kept.append(verdict)
         else:
@@ -200,14 +197,26 @@ def _drop_near_duplicates(ranked: Sequence[Verdict], threshold: float) -> None:
             verdict.detail = f"like sample {twin.row['sample_index']}"
 
 
-def _is_like_any(verdict: Verdict, kept: Sequence[Verdict], most: float) -> bool:
-    return any(is_more_alike(_shingles(verdict), _shingles(other), most) for other in kept)
+class _Likeness:
+    """Compares the completions of one prompt; each is cut into shingles once, when it is first asked for."""
 
+    def __init__(self) -> None:
+        self._shingles: dict[str, Shingles] = {}
 
-def _shingles(verdict: Verdict) -> Shingles:
-    if verdict.shingles is None:
-        verdict.shingles = completion_shingles(verdict.row["reasoning"], verdict.row["answer"])
-    return verdict.shingles
+    def first_twin(self, verdict: Verdict, others: Sequence[Verdict], threshold: float) -> Verdict | None:
+        """The first of the others that is at least so similar."""
+        return next((other for other in others if is_alike(self._of(verdict), self._of(other), threshold)), None)
+
+    def has_closer(self, verdict: Verdict, others: Sequence[Verdict], most: float) -> bool:
+        """Whether any of the others is more similar than this."""
+        return any(is_more_alike(self._of(verdict), self._of(other), most) for other in others)
+
+    def _of(self, verdict: Verdict) -> Shingles:
+        found = self._shingles.get(verdict.row["completion_id"])
+        if found is None:
+            found = completion_shingles(verdict.row["reasoning"], verdict.row["answer"])
+            self._shingles[verdict.row["completion_id"]] = found
+        return found
 
 
 def _length(verdict: Verdict) -> tuple[int, int, str]:

@@ -79,11 +79,17 @@ def sample_rows(facts: Mapping[str, Any], most: int | None = None) -> list[dict[
 def filter_row(name: str, facts: Mapping[str, Any]) -> dict[str, Any]:
     """One line about a filtered set, to stand beside those of others."""
     found = totals(facts)
-    rates = {f"pass@{k}": rate["mean"] for k, rate in sorted(_by_number(facts["pass_at"]))}
+    rates = {name: mean for name, mean, _ in pass_rows(facts)}
+    reasons = {reason: counts[0] for reason, counts in reason_rows(facts)[1]}
     return {
         "name": name, **found, "accepted_frac": found["accepted"] / found["completions"] if found["completions"] else None,
-        "per_prompt": found["accepted"] / found["prompts"] if found["prompts"] else None, "pass_at": rates,
+        "per_prompt": found["accepted"] / found["prompts"] if found["prompts"] else None, "pass_at": rates, "reasons": reasons,
     }  # fmt: skip
+
+
+def largest_reasons(reasons: Mapping[str, int], most: int = 3) -> str:
+    """``below min score 890, truncated 813``: the first few of reasons that are in order."""
+    return ", ".join(f"{reason.replace('_', ' ')} {count:,}" for reason, count in list(reasons.items())[:most])
 
 
 def _by_number(found: Mapping[str, Any]) -> list[tuple[int, Any]]:

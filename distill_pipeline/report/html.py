@@ -14,7 +14,15 @@ from typing import Any
 
 from distill_pipeline.report.comparison import contrast_students, init_text, is_share_headline, shared_warnings
 from distill_pipeline.report.figures import count_rows, curve_plot, difference_row, gap_ruler, histogram_bars, score_chart
-from distill_pipeline.report.funnel import STAGES, funnel_rows, histogram_rows, pass_text, reason_rows, sample_rows
+from distill_pipeline.report.funnel import (
+    STAGES,
+    funnel_rows,
+    histogram_rows,
+    largest_reasons,
+    pass_text,
+    reason_rows,
+    sample_rows,
+)
 from distill_pipeline.report.text import (
     UNKNOWN,
     compact,
@@ -237,6 +245,7 @@ def _filter_cells(row: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "name": row["name"], "cells": [number(row[stage]) for stage in STAGES], "share": percent(row["accepted_frac"]),
         "per_prompt": number(row["per_prompt"]), "rates": rates or UNKNOWN,
+        "reasons": largest_reasons(row["reasons"]),
     }  # fmt: skip
 
 

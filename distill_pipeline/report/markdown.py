@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distill_pipeline.report.comparison import contrast_students, is_share_headline, shared_warnings
-from distill_pipeline.report.funnel import STAGES, funnel_rows, pass_text, reason_rows
+from distill_pipeline.report.funnel import STAGES, funnel_rows, largest_reasons, pass_text, reason_rows
 from distill_pipeline.report.text import (
     UNKNOWN,
     compact,
@@ -96,10 +96,10 @@ def comparison_markdown(comparison: Mapping[str, Any]) -> str:
     if comparison["filters"]:
         listed = [
             [row["name"], *(number(row[stage]) for stage in STAGES), percent(row["accepted_frac"]),
-             ", ".join(f"{name} {percent(rate)}" for name, rate in row["pass_at"].items())]
+             ", ".join(f"{name} {percent(rate)}" for name, rate in row["pass_at"].items()), largest_reasons(row["reasons"])]
             for row in comparison["filters"]
         ]  # fmt: skip
-        parts.append(_table(["filter", *STAGES, "of completions", "pass rates"], listed))
+        parts.append(_table(["filter", *STAGES, "of completions", "pass rates", "largest reasons"], listed))
     lines = [f"- {markdown_text(line, 600)}" for line in shared_warnings(comparison)]
     return "\n\n".join([*parts, *(["\n".join(lines)] if lines else [])]) + "\n"
 
