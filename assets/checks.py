@@ -48,6 +48,9 @@ def _rows_are_conserved(node: Node, artifact: "Artifact") -> Finding:
         return False, f"the manifest has no count {whole!r}; it has: {', '.join(counts) or 'none'}"
     total = sum(counts.get(part, 0) for part in parts)
     sum_text = " + ".join(f"{part} {counts.get(part, 0):,}" for part in parts)
+    by_reason = [number for name, number in counts.items() if name.startswith("rejected_")]
+    if by_reason and sum(by_reason) != counts.get("rejected", 0):
+        return False, f"rejected {counts.get('rejected', 0):,} is not the sum of its first reasons, {sum(by_reason):,}"
     return counts[whole] == total, f"{whole} {counts[whole]:,} {'=' if counts[whole] == total else 'is not'} {sum_text}"
 
 

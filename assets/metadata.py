@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from distill_pipeline.storage.artifacts import Artifact
 
 SAMPLE_ROWS = 8
+MAX_REASON_SAMPLES = 60
 CELL_CHARS = 300
 FACT_CHARS = 20_000
 """Metadata lies in every event of Dagster's history: a fact of more characters as JSON is not copied there."""
@@ -73,14 +74,21 @@ def scored_outputs_metadata(artifact: "Artifact") -> Metadata:
 
 
 def filtered_set_metadata(artifact: "Artifact") -> Metadata:
-    """The yield, rejects by reason, and a few completions of either kind."""
-    counts = artifact.manifest.counts
+    """The funnel as tables and picture, the yield and pass rates, and a few completions of either kind and of each reason."""
+    from distill_pipeline.report.charts import funnel_png
+    from distill_pipeline.report.funnel import filter_facts, pass_rows, sample_rows
+    from distill_pipeline.report.markdown import funnel_markdown
+
+    counts, facts = artifact.manifest.counts, filter_facts(artifact.manifest.facts)
     kept, dropped = counts.get("accepted", 0), counts.get("rejected", 0)
     columns = ["accepted", "reject_reason", "answer"]
     return {
         **({"yield_frac": kept / (kept + dropped)} if kept + dropped else {}),
+        **{name.replace("@", "_at_"): mean for name, mean, _ in pass_rows(facts)},
+        "funnel": dg.MetadataValue.md(funnel_markdown(facts)),
+        "funnel_chart": picture("stages, reasons and accepted completions a prompt", funnel_png(facts)),
         "sample_accepted": sample_table(row for row in artifact.rows(columns) if row["accepted"]),
-        "sample_rejected": sample_table(row for row in artifact.rows(columns) if not row["accepted"]),
+        "samples_by_reason": sample_table(sample_rows(facts), MAX_REASON_SAMPLES),
         **facts_metadata(artifact),
     }
 
@@ -138,9 +146,9 @@ def facts_metadata(artifact: "Artifact") -> Metadata:
     return {"facts": dg.MetadataValue.json(shown)} if facts else {}
 
 
-def sample_table(rows: Iterable[Mapping[str, Any]]) -> dg.TableMetadataValue:
+def sample_table(rows: Iterable[Mapping[str, Any]], most: int = SAMPLE_ROWS) -> dg.TableMetadataValue:
     """The first few rows as a table of short cells."""
-    records = [dg.TableRecord({column: cell(value) for column, value in row.items()}) for row in islice(rows, SAMPLE_ROWS)]
+    records = [dg.TableRecord({column: cell(value) for column, value in row.items()}) for row in islice(rows, most)]
     names = list(records[0].data) if records else ["no rows"]
     return dg.MetadataValue.table(records, schema=dg.TableSchema([dg.TableColumn(name, "string") for name in names]))
 

@@ -73,7 +73,7 @@ def experiment_nodes(experiment: Experiment) -> dict[str, Node]:
         spec = {"scorers": scorers}
         add(scored, "scored_outputs", scoring_spec.ALGORITHM, spec, ("prompt_pool", outputs), teacher=teacher)
         for name, rule in experiment.filters.items():
-            spec = {"filter": rule.document(), "evaluation": protected if "contaminated" in rule.drop else None}
+            spec = {"filter": rule.expanded(), "evaluation": protected if rule.drops("contaminated") else None}
             inputs = ("prompt_pool", outputs, scored)
             add(f"filtered_set/{teacher}/{name}", "filtered_set", filtering_spec.ALGORITHM, spec, inputs,
                 teacher=teacher, filter=name)  # fmt: skip

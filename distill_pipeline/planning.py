@@ -20,6 +20,7 @@ from distill_pipeline.nodes import Node
 from distill_pipeline.pipeline import Pipeline
 from distill_pipeline.records import TRAINING_SCHEMA
 from distill_pipeline.runners import RUNNERS
+from distill_pipeline.training.spec import StudentSpec
 from distill_pipeline.work import Work, evaluation_documents_of
 
 PROBE_PROMPTS = 8
@@ -194,16 +195,21 @@ def _plan_student(pipeline: Pipeline, name: str, prompts: Sequence[dict[str, Any
     a_prompt = 0
     for reference in recipe.data:
         teacher, rule = reference.split("/")
-        n, most = pipeline.experiment.teachers[teacher].sampling.n, pipeline.experiment.filters[rule].max_per_prompt
-        a_prompt += n if most is None else min(n, most)
+        n = pipeline.experiment.teachers[teacher].sampling.n
+        a_prompt += max(min(n, part.most_per_prompt or n) for part in pipeline.experiment.filters[rule].rules())
     epochs = sum(stage.epochs for stage in recipe.stages)
     rows, note = int(len(prompts) * a_prompt * epochs), "if the filter accepts everything"
     if probe is None:
         return PlanLine(f"student_checkpoint/{name}", rows, 0, 0, None, note)
     seconds_a_token, parameters = _probe_student(pipeline, name, probe)
-    tokens = int(rows * probe.tokens_per_row)
+    tokens = _stage_tokens(recipe, int(len(prompts) * a_prompt * probe.tokens_per_row))
     size = parameters * 4 * TRAINING_COPIES
     return PlanLine(f"student_checkpoint/{name}", rows, tokens, size, tokens * seconds_a_token, note)
+
+
+def _stage_tokens(recipe: StudentSpec, data_tokens: int) -> int:
+    """Completion tokens that a student's stages train on: their budget, or their epochs of the data."""
+    return sum(int(data_tokens * s.epochs) if s.max_tokens is None else s.max_tokens for s in recipe.stages)
 
 
 def _probe_student(pipeline: Pipeline, name: str, probe: TeacherProbe) -> tuple[float, int]:

@@ -85,7 +85,7 @@ TRAINING_FACTS = ("initial_loss", "final_loss", "kept_layers", "layout", "tokens
 
 
 def _origins(work: Work, checkpoint: Artifact) -> dict[str, Any]:
-    """Counts of the stages before training, by the names the report gives them."""
+    """What the stages before training counted and found, by the names the report gives them."""
     ancestors = {ancestor.name: ancestor for ancestor in checkpoint.manifest.lineage}
     filters = {name.split("/", 1)[1]: a for name, a in ancestors.items() if name.startswith("filtered_set/")}
     prefix = "rejected_"
@@ -96,6 +96,7 @@ def _origins(work: Work, checkpoint: Artifact) -> dict[str, Any]:
             name: {
                 "counts": ancestor.counts,
                 "reject_reasons": {k.removeprefix(prefix): n for k, n in ancestor.counts.items() if k.startswith(prefix)},
+                "facts": work.store.open(ancestor.name, ancestor.version).manifest.facts,
             }
             for name, ancestor in filters.items()
         },

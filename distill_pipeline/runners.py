@@ -37,9 +37,11 @@ def _pool_externals(work: Work) -> dict[str, str]:
 
 def _filter_externals(work: Work) -> dict[str, str]:
     assert work.node.filter is not None
-    if "contaminated" not in work.experiment.filters[work.node.filter].drop:
-        return {}
-    return {"protected:documents": version_of(list(protected_documents(work.experiment)))}
+    rule = work.experiment.filters[work.node.filter]
+    found = {f"model:{reference}": work.model(reference).identity for reference in rule.tokenizers()}
+    if rule.drops("contaminated"):
+        found["protected:documents"] = version_of(list(protected_documents(work.experiment)))
+    return found
 
 
 def _teacher_externals(work: Work) -> dict[str, str]:
@@ -117,6 +119,7 @@ def _run_scored_outputs(work: Work, out_dir: Path, input_key: str) -> Outcome:
 
 
 def _run_filtered_set(work: Work, out_dir: Path, input_key: str) -> Outcome:
+    from distill_pipeline.filtering.lengths import ModelTokenCounter
     from distill_pipeline.filtering.stage import filter_outputs
 
     assert work.node.filter is not None
@@ -124,7 +127,8 @@ def _run_filtered_set(work: Work, out_dir: Path, input_key: str) -> Outcome:
     outcome = filter_outputs(
         work.input("prompt_pool").batches(), work.input("teacher_outputs").batches(), work.input("scored_outputs").batches(),
         out_dir, rule=rule, filter_name=work.node.name,
-        protected=protected_index(work.experiment) if "contaminated" in rule.drop else None, progress=work.progress,
+        protected=protected_index(work.experiment) if rule.drops("contaminated") else None, progress=work.progress,
+        counters={reference: ModelTokenCounter(work.model(reference).path) for reference in rule.tokenizers()},
     )  # fmt: skip
     facts = outcome.facts | {"teacher": work.input("teacher_outputs").manifest.facts["teacher"]}
     return Outcome(outcome.counts, facts, outcome.failed_gate)

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distill_pipeline.experiment import Experiment
@@ -71,13 +70,14 @@ def evaluation_documents_of(experiment: Experiment) -> tuple[tuple[str, str], ..
 
 
 def protected_documents(experiment: Experiment) -> Iterator[tuple[str, str]]:
-    """What training data must not resemble: evaluation documents and the lines of the listed files."""
+    """What training data must not resemble: evaluation documents and the items of the listed files."""
+    from distill_pipeline.prompts.protected import protected_items
+
     rule = experiment.prompt_pool.decontaminate
     if rule.against == "evaluation":
         yield from evaluation_documents_of(experiment)
     for name in rule.files:
-        lines = Path(experiment.resolve_path(name)).read_text(encoding="utf-8").splitlines()
-        yield from ((f"{name}:{number}", line) for number, line in enumerate(lines, 1) if line.strip())
+        yield from protected_items(experiment.resolve_path(name), name)
 
 
 def protected_index(experiment: Experiment) -> "ContaminationIndex | None":

@@ -127,6 +127,11 @@ def test_the_whole_graph_is_made_once_and_then_nothing_is_done(world: World) -> 
     needed = {"student", "teacher", "filter", "method", "parameters", "tasks", "gap_recovered", "yields", "input_versions"}
     assert needed <= set(report)
     assert len(first["comparison"].read_json("comparison.json")) == 2
+    funnel = report["filters"]["small/every"]["funnel"]["words"]
+    assert (funnel["prompts"], funnel["completions"], funnel["accepted"]) == (40, 120, 120)
+    assert "What the filter small/every decided" in (first["eval_report/kl"].local_dir() / "report.html").read_text()
+    leaderboard = first["comparison"].read_json("leaderboard.json")
+    assert [row["name"] for row in leaderboard["filters"]] == ["small/every"]
 
 
 def test_ten_new_prompts_send_ten_to_the_teacher(world: World) -> None:
@@ -151,6 +156,30 @@ def test_a_raised_threshold_leaves_the_teacher_and_other_filters_alone(world: Wo
         pipeline.make("student_checkpoint/kl")
     assert not pipeline.make("filtered_set/small/every").reused
     assert not pipeline.make("student_checkpoint/kl").reused
+
+
+def test_a_filter_counts_tokens_with_the_model_it_names_and_depends_on_it(world: World, tiny_model_dir: Path) -> None:
+    from distill_pipeline.models.load import load_tokenizer
+
+    name, reference = "filtered_set/small/strict", str(tiny_model_dir)
+    world.document["filters"]["strict"] = {"length": {"max_tokens": 4, "tokenizer": reference}}
+    world.save()
+    pipeline = world.pipeline()
+    for before in ("prompt_pool", "teacher_outputs/small", "scored_outputs/small"):
+        pipeline.make(before)
+    artifact = pipeline.make(name)
+    assert f"model:{reference}" in artifact.manifest.made.inputs
+    tokenizer = load_tokenizer(tiny_model_dir)
+    rows = list(artifact.rows())
+    assert {row["reject_reason"] for row in rows} == {None, "too_long"}
+    for row in rows:
+        assert row["accepted"] == (len(tokenizer(row["raw_text"], add_special_tokens=False)["input_ids"]) <= 4)
+    assert artifact.manifest.made.spec["filter"]["*"]["length"]["tokenizer"] == reference
+    world.document["filters"]["strict"]["length"]["max_tokens"] = 5
+    world.save()
+    pipeline = world.pipeline()
+    assert pipeline.make("scored_outputs/small").reused
+    assert not pipeline.make(name).reused
 
 
 def test_no_accepted_row_stops_before_any_training_also_in_a_later_run(world: World) -> None:

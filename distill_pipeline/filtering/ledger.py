@@ -3,6 +3,9 @@
 Pass rates: a completion counts when all its scores are known; it is correct when none is below ``min_score`` (1.0 where the
 filter sets none). ``pass@k`` is the unbiased estimate 1 - C(n-c, k) / C(n, k) of Chen et al. 2021 (arXiv:2107.03374), averaged
 over prompts with n >= k. With few samples c and n say more than their ratio, so both are stored.
+
+The funnel: of a domain's ``prompts`` and their ``completions`` those that ``finished`` (neither failed nor cut), of these the
+``scored`` ones (every score known), and those ``accepted``. A filter that asks for no score may accept more than were scored.
 """
 
 from collections import Counter
@@ -10,14 +13,28 @@ from collections.abc import Sequence
 from math import comb
 from typing import Any
 
+from distill_pipeline.filtering.rules import is_truncated
 from distill_pipeline.filtering.spec import FilterSpec
-from distill_pipeline.filtering.verdicts import REJECT_REASONS, Verdict
+from distill_pipeline.filtering.verdicts import REJECT_REASONS, Verdict, correct_of_known
 from distill_pipeline.outcome import Outcome
 
 SAMPLES_PER_REASON = 3
 PASS_AT = (1, 2, 4, 8, 16, 32, 64)
+FUNNEL = ("prompts", "completions", "finished", "scored", "accepted")
 
 _SHOWN_CHARS = 300
+_ADVICE = {
+    "failed": "Mend the teacher (their errors say how)",
+    "heldout": "Lower holdout_fraction",
+    "language": "Allow more languages",
+    "too_short": "Lower length.min_tokens",
+    "too_long": "Raise length.max_tokens",
+    "unknown_difficulty": "Give the prompts references, choose another scorer, or remove difficulty",
+    "too_easy": "Raise difficulty.max",
+    "too_hard": "Lower difficulty.min",
+    "unknown_score": "Give the prompts references, choose another scorer, or remove min_score",
+}
+"""What to do about a filter that accepts nothing, by its largest reason."""
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
@@ -33,6 +50,7 @@ class Ledger:
         self._first: Counter[str] = Counter()
         self._all: Counter[str] = Counter()
         self._domains: dict[str, Counter[str]] = {}
+        self._reasons: dict[str, Counter[str]] = {}
         self._samples: dict[str, list[dict[str, Any]]] = {}
         self._accepted_per_prompt: Counter[int] = Counter()
         self._correct_of: Counter[tuple[int, int]] = Counter()
@@ -47,19 +65,24 @@ class Ledger:
     def add(self, prompt_text: str, domain: str, verdicts: Sequence[Verdict]) -> tuple[int, int]:
         """Count one prompt's verdicts; returns how many completions were correct, of how many that could be judged."""
         tally = self._domains.setdefault(domain, Counter())
-        num_accepted = num_correct = num_known = 0
+        reasons = self._reasons.setdefault(domain, Counter())
+        tally["prompts"] += 1
+        num_accepted = 0
         for verdict in verdicts:
             self._num_completions += 1
             tally["completions"] += 1
             if verdict.reasons:
                 self._reject(prompt_text, verdict, tally)
+                reasons[verdict.reasons[0]] += 1
             else:
                 num_accepted += 1
+            if not verdict.has_failed and not is_truncated(verdict.row["finish_reason"], verdict.row["raw_text"]):
+                tally["finished"] += 1
+                tally["scored"] += verdict.is_known
             if not verdict.has_failed and verdict.is_known:
-                num_known += 1
                 worst = min(verdict.known_scores)
-                num_correct += worst >= (1.0 if self._rule.min_score is None else self._rule.min_score)
                 self._best_score = worst if self._best_score is None else max(self._best_score, worst)
+        num_correct, num_known = correct_of_known(verdicts, self._rule.of(domain))
         self._num_accepted += num_accepted
         tally["accepted"] += num_accepted
         self._accepted_per_prompt[num_accepted] += 1
@@ -96,11 +119,17 @@ class Ledger:
 
     def _facts(self) -> dict[str, Any]:
         yields = {
-            domain: {**dict(sorted(tally.items())), "accepted_frac": round(tally["accepted"] / tally["completions"], 6)}
+            domain: {name: tally[name] for name in ("accepted", "completions", "failed", "rejected")}
+            | {"accepted_frac": round(tally["accepted"] / tally["completions"], 6)}
             for domain, tally in sorted(self._domains.items())
         }
         return {
             "yields": yields,
+            "funnel": {domain: {name: tally[name] for name in FUNNEL} for domain, tally in sorted(self._domains.items())},
+            "domain_reasons": {
+                domain: {reason: found[reason] for reason in REJECT_REASONS if found[reason]}
+                for domain, found in sorted(self._reasons.items())
+            },
             "reasons": {reason: self._first[reason] for reason in REJECT_REASONS if self._first[reason]},
             "all_reasons": {reason: self._all[reason] for reason in REJECT_REASONS if self._all[reason]},
             "samples": self._samples,
@@ -125,18 +154,13 @@ class Ledger:
         if not self._num_completions:
             return f"{name} is empty: there are no teacher outputs. Check which domains the teacher answers."
         largest = max(REJECT_REASONS, key=lambda reason: self._first[reason])
-        facts, advice = f"{self._first[largest]:,}", f"Remove {largest} from drop"
+        facts, advice = f"{self._first[largest]:,}", _ADVICE.get(largest, f"Remove {largest} from drop")
         if largest == "below_min_score":
+            wanted = max(rule.min_score or 0.0 for rule in self._rule.rules())
             best = "unknown" if self._best_score is None else f"{self._best_score:.2f}"
-            facts += f"; min_score={self._rule.min_score:.2f}, best score {best}"
-            has_better = self._best_score is not None and self._best_score >= (self._rule.min_score or 0.0)
+            facts += f"; min_score={wanted:.2f}, best score {best}"
+            has_better = self._best_score is not None and self._best_score >= wanted
             advice = "Ask the teacher for more samples" if has_better else f"Lower min_score below {best}"
-        elif largest == "unknown_score":
-            advice = "Give the prompts references, choose another scorer, or remove min_score"
-        elif largest == "failed":
-            advice = "Mend the teacher (their errors say how)"
-        elif largest == "heldout":
-            advice = "Lower holdout_fraction"
         return (
             f"{name} is empty: 0 of {self._num_completions:,} teacher outputs passed. Largest reject reason: {largest} "
             f"({facts}). {advice}, or read the rejected rows in its part-*.parquet files."

@@ -25,15 +25,15 @@ MAX_PERIOD_CHARS = 16
 MIN_LOOP_CHARS = 100
 
 
-def repetition_fault(text: str) -> str | None:
-    """Why a text counts as repetitive, in a few words, or None."""
+def repetition_fault(text: str, *, loops_only: bool = False) -> str | None:
+    """Why a text counts as repetitive, in a few words, or None. ``loops_only`` asks for a loop at the end and nothing else."""
     listed, hashes = tokens(text)
     period = loop_period(hashes)
     if period is not None:
         return f"the same {period} words again and again up to the end"
     if _loops_in_chars(text):
         return "the same few characters again and again up to the end"
-    if len(listed) < MIN_WORDS:
+    if loops_only or len(listed) < MIN_WORDS:
         return None
     return _ngram_fault(hashes, np.fromiter(map(len, listed), dtype=np.int64, count=len(listed))) or _line_fault(text)
 

@@ -1,13 +1,15 @@
 """The rules a completion can break, each a function of one completion; what needs its siblings is in the stage.
 
 Decided: a refusal is looked for where refusals stand, at the start of a sentence in the first 200 characters of a short
-answer, and must say that help is refused: apologies, warnings and "as an AI" alone are no refusal. Text inside the reasoning
-is never one.
+answer, and must say that help is refused: apologies, warnings and "as an AI" alone are no refusal. A self-reference, in which
+the teacher speaks of itself as a model, is a rule of its own: such a text may answer well, and would teach the student to say
+that it is somebody else. Text inside the reasoning is neither.
 """
 
 import re
 
 from distill_pipeline.filtering.repetition import repetition_fault
+from distill_pipeline.filtering.spec import RepetitionSpec
 
 REFUSAL_HEAD_CHARS = 200
 REFUSAL_MAX_CHARS = 600
@@ -45,6 +47,28 @@ _REFUSAL = re.compile(
     re.IGNORECASE,
 )
 
+_MAKER = r"(?:open ?ai|anthropic|google(?: deepmind)?|deepmind|meta|microsoft|alibaba(?: cloud)?|deepseek|mistral(?: ai)?|xai)"
+_MODEL_NAME = r"(?:chat ?gpt|gpt-?[345]\S*|claude|gemini|bard|llama|qwen|deepseek(?:-\w+)?|mistral|copilot|smollm\d?)"
+_MODEL = (
+    r"(?:ai|artificial intelligence|(?:large |ai |ai-based )?language model|llm"
+    r"|ai(?:-powered)?(?: language)? (?:model|assistant|chatbot))"
+)
+_MADE = r"(?:developed|created|trained|made|built)"
+_SELF_REFERENCE = re.compile(
+    rf"\bas (?:an? {_MODEL}(?: (?:model|assistant|system))?|{_MODEL_NAME})(?: (?:{_MADE} )?by {_MAKER})?(?:,|\s+i\b)"
+    rf"|\bi(?:'m| am)(?: just| only| actually)? (?:{_MODEL_NAME}\b|an? {_MODEL}\b(?! (?:researcher|engineer|developer|expert)))"
+    rf"|\bi was {_MADE} by {_MAKER}\b"
+    r"|\bmy (?:training data|knowledge cut-?off)\b",
+    re.IGNORECASE,
+)
+_SELF_SIGNS = (
+    " ai", "artificial intelligence", "language model", "llm", "gpt", "claude", "gemini", "bard", "llama", "qwen", "deepseek",
+    "mistral", "copilot", "smollm", "openai", "anthropic", "google", "deepmind", "meta", "microsoft", "alibaba", "xai",
+    "training data", "knowledge cut",
+)  # fmt: skip
+"""One of these stands in every self-reference: looking for them is ten times faster than the expression."""
+_FULL_TESTS = RepetitionSpec()
+
 
 def is_empty(answer: str) -> bool:
     """Nothing a reader could see."""
@@ -67,9 +91,21 @@ def is_refusal(answer: str) -> bool:
     return _REFUSAL.search(head) is not None
 
 
-def is_repetitive(reasoning: str | None, answer: str) -> bool:
-    """Whether the trace or the answer, each by itself, goes round in circles."""
-    return any(repetition_fault(text) is not None for text in (reasoning, answer) if text)
+def is_self_reference(answer: str) -> bool:
+    """Whether the text speaks of itself as a model, or of who made it."""
+    lower = answer.lower()
+    if not any(sign in lower for sign in _SELF_SIGNS):
+        return False
+    return _SELF_REFERENCE.search(answer if answer.isascii() else answer.translate(_QUOTES)) is not None
+
+
+def is_repetitive(reasoning: str | None, answer: str, tests: RepetitionSpec = _FULL_TESTS) -> bool:
+    """Whether the trace or the answer, each by itself and by its own test, goes round in circles."""
+    return any(
+        repetition_fault(text, loops_only=test == "loops") is not None
+        for text, test in ((reasoning, tests.reasoning), (answer, tests.answer))
+        if text and test != "off"
+    )
 
 
 def content_key(reasoning: str | None, answer: str) -> tuple[str, str]:

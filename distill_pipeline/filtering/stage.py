@@ -7,12 +7,14 @@ one row per prompt that has accepted completions, best first) and ``passes-*.par
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
 
 from distill_pipeline.alignment import PromptCursor, PromptView, ScoreCursor, by_prompt
 from distill_pipeline.filtering.ledger import Ledger
+from distill_pipeline.filtering.lengths import TokenCounters
 from distill_pipeline.filtering.spec import FilterSpec
 from distill_pipeline.filtering.verdicts import Verdict, judge_prompt
 from distill_pipeline.outcome import Outcome, Progress
@@ -45,6 +47,7 @@ def filter_outputs(
     filter_name: str,
     protected: ContaminationIndex | None,
     progress: Progress,
+    counters: TokenCounters = MappingProxyType({}),
 ) -> Outcome:
     """Judge every completion and write the verdicts and the training set into ``out_dir``.
 
@@ -53,6 +56,7 @@ def filter_outputs(
             order.
         filter_name: for messages.
         protected: what completions must not contain; used when the rule drops ``contaminated``.
+        counters: a counter of tokens for each of ``rule.tokenizers()``.
     Returns:
         Counts ``completions == accepted + failed + rejected``, ``rejected == sum of rejected_<reason>`` by first reason.
         ``failed_gate`` says why when nothing was accepted; the verdicts are written all the same.
@@ -72,8 +76,10 @@ def filter_outputs(
             judged: list[Verdict] = []
             for prompt, rows in _prompts_of(batch, prompts):
                 given = [scores.take(row["completion_id"]) for row in rows]
-                is_heldout = prompt.split == "heldout"
-                verdicts = judge_prompt(rows, given, is_heldout=is_heldout, rule=rule, protected=protected)
+                verdicts = judge_prompt(
+                    rows, given, is_heldout=prompt.split == "heldout", rule=rule.of(prompt.domain), protected=protected,
+                    counters=counters,
+                )  # fmt: skip
                 messages = prompt.messages()
                 correct, known = ledger.add(messages[-1]["content"], prompt.domain, verdicts)
                 passes.add({"prompt_id": prompt.prompt_id, "num_correct": correct, "num_known": known})

@@ -4,8 +4,8 @@ Two passes. The first reads the sources into a spool on disk and keeps a few num
 the pool as a whole; the second pass splits, decontaminates and writes. Files: ``part-*.parquet`` (``PROMPT_SCHEMA``) and
 ``rejected-*.parquet`` (``REJECTED_SCHEMA``).
 
-Decided: equal messages are one prompt whatever the settings, for a prompt's id is its messages; ``exact: false`` cannot be
-honoured and changes nothing. Contamination is asked of training prompts only: held-out prompts are themselves evaluation.
+Decided: equal messages are one prompt whatever the settings, for a prompt's id is its messages. Contamination is asked of
+training prompts only: held-out prompts are themselves evaluation.
 """
 
 import shutil

@@ -5,6 +5,7 @@ path), so that the same experiment gives the same artifact everywhere. Nothing a
 """
 
 import hashlib
+import io
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -111,8 +112,9 @@ def read_source(source: SourceSpec, resolve_path: ResolvePath) -> Iterator[Sourc
 
 def _file_rows(source: SourceSpec, file: _SourceFile, columns: dict[str, str]) -> Iterator[SourceRow | BadRow]:
     try:
-        with file.filesystem.open(file.path, "rb", compression="infer") as stream:
-            for line, row in read_rows(stream, file.suffix):
+        # Files of some file systems, the Hub's among them, cannot read a line up to a limit; a buffer can.
+        with file.filesystem.open(file.path, "rb", compression="infer") as stream, io.BufferedReader(stream) as buffered:
+            for line, row in read_rows(buffered, file.suffix):
                 yield _checked(file.label, line, row, columns, source.domain)
     except (OSError, EOFError) as err:
         if isinstance(err, FileNotFoundError | PermissionError):

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from distill_pipeline.spec import Spec
 
@@ -38,15 +38,23 @@ class NearDedupSpec(Spec):
 class DedupSpec(Spec):
     """Which repeated prompts are dropped; the first of a source's order stays."""
 
-    exact: bool = True
+    exact: bool = Field(True, description="always true: a prompt's id is its messages, so equal prompts are one prompt")
     near: NearDedupSpec | None = NearDedupSpec()
+
+    @field_validator("exact")
+    @classmethod
+    def _is_true(cls, exact: bool) -> bool:
+        if not exact:
+            raise ValueError("equal prompts are one prompt, for a prompt's id is its messages; leave exact out. "
+                             "For more answers to a prompt raise its teacher's sampling.n")  # fmt: skip
+        return exact
 
 
 class DecontaminateSpec(Spec):
     """What a training prompt must not resemble: the documents of this experiment's evaluation tasks, and listed files."""
 
     against: Literal["evaluation"] | None = "evaluation"
-    files: tuple[str, ...] = Field((), description="text or JSONL files with one protected item a line")
+    files: tuple[str, ...] = Field((), description="text or JSONL files with one protected item a line; fsspec URLs too")
 
 
 class PromptPoolSpec(Spec):

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distill_pipeline.report.comparison import build_comparison
+from distill_pipeline.report.funnel import filter_facts
 from distill_pipeline.report.samples import side_by_side
 from distill_pipeline.report.scores import Evaluation, document_scores, headline, headline_metrics, interval_of
 
@@ -58,7 +59,7 @@ def build_student_report(
         init: the ``init`` part of the student's recipe.
         curve: rows with ``step`` and ``loss``, and whatever else training wrote down.
         pool_counts: the prompt pool's counts. outputs: counts of teacher outputs by teacher.
-        filters: by ``teacher/filter``: its ``counts``, and ``reject_reasons`` {reason: completions}.
+        filters: by ``teacher/filter``: its ``counts``, ``reject_reasons`` {reason: completions}, and filtering's ``facts``.
         training: counts and facts of training worth showing, flat.
         teachers: licence facts: ``name, model, revision, license, verdict, clause, obligations, accepted_because``.
         cost: any of ``teacher_prompt_tokens, teacher_completion_tokens, trained_tokens, generation_seconds,
@@ -87,6 +88,7 @@ def build_student_report(
         "held_out": {name: dict(found) for name, found in (held_out or {}).items()},
         "yields": {name: _yield(found["counts"]) for name, found in (filters or {}).items()},
         "funnel": _funnel(pool_counts, outputs or {}, filters or {}),
+        "filters": {name: filter_facts(found.get("facts", {})) for name, found in (filters or {}).items()},
         "training": dict(training or {}),
         "curve": [dict(row) for row in curve],
         "teachers": [dict(facts) for facts in teachers],

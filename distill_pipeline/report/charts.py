@@ -4,12 +4,15 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from distill_pipeline.report.text import metric_text
+from distill_pipeline.report.funnel import STAGES, histogram_rows, reason_rows
+from distill_pipeline.report.text import metric_text, one_line
 
 INK, MUTED, RULE = "#1f2933", "#6b7280", "#d9dde3"
 ROLE_COLORS = {"student": "#0f766e", "teacher": "#4f46e5", "untrained": "#9aa3af"}
 OTHER_COLOR = "#b45309"
+DOMAIN_COLORS = ("#0f766e", "#4f46e5", "#b45309", "#be185d", "#0369a1", "#4d7c0f")
 DPI = 110
+MAX_REASONS = 16
 
 
 def loss_curve_png(curve: Sequence[Mapping[str, Any]]) -> bytes:
@@ -53,18 +56,62 @@ def accuracy_png(report: Mapping[str, Any]) -> bytes:
     return _png(figure)
 
 
-def _figure(width: float, height: float) -> tuple[Any, Any]:
-    """A figure outside pyplot, which would keep it in a global list and choose a backend for the whole process."""
+def funnel_png(facts: Mapping[str, Any]) -> bytes:
+    """What a filter decided (``filter_facts``), as PNG bytes (under 80 KB): stages by domain, reasons, accepted per prompt."""
+    reasons = reason_rows(facts)[1][:MAX_REASONS]
+    figure, panels = _figure(9.0, max(2.6, 0.7 + 0.24 * len(reasons)), columns=3)
+    _stages_panel(panels[0], facts)
+    names = [_label(reason.replace("_", " ")) for reason, _ in reasons]
+    panels[1].barh(range(len(reasons)), [counts[0] for _, counts in reasons], height=0.6, color=OTHER_COLOR)
+    panels[1].set_yticks(range(len(reasons)), names, fontsize=8)
+    panels[1].invert_yaxis()
+    accepted = histogram_rows(facts)
+    panels[2].bar(range(len(accepted)), [prompts for _, prompts in accepted], width=0.7, color=ROLE_COLORS["student"])
+    panels[2].set_xticks(range(len(accepted)), [count for count, _ in accepted], fontsize=8)
+    for axes, said in zip(panels, ("completions", "rejected, by first reason", "prompts by accepted completions"), strict=True):
+        axes.set_xlabel(said, color=MUTED, fontsize=9)
+    return _png(figure)
+
+
+def _stages_panel(axes: Any, facts: Mapping[str, Any]) -> None:
+    """Completions that reached each stage, one colour a domain while colours last."""
+    largest = sorted(facts["funnel"].items(), key=lambda item: (-item[1]["completions"], item[0]))
+    coloured, rest = largest[: len(DOMAIN_COLORS)], largest[len(DOMAIN_COLORS) :]
+    others = {stage: sum(found[stage] for _, found in rest) for stage in STAGES[1:]}
+    start = [0] * len(STAGES[1:])
+    for (domain, found), color in zip(
+        [*coloured, *([(f"{len(rest)} others", others)] if rest else [])], [*DOMAIN_COLORS, RULE], strict=False
+    ):
+        widths = [found[stage] for stage in STAGES[1:]]
+        axes.barh(range(len(widths)), widths, left=start, height=0.6, color=color, label=_label(domain))
+        start = [before + width for before, width in zip(start, widths, strict=True)]
+    axes.set_yticks(range(len(STAGES[1:])), STAGES[1:], fontsize=8)
+    axes.invert_yaxis()
+    if len(largest) > 1:
+        axes.legend(fontsize=7, frameon=False, loc="lower right")
+
+
+def _label(text: str) -> str:
+    """A short text as a chart can draw it: characters that every font has, and no formula."""
+    return one_line(text, 24).encode("latin-1", "replace").decode("latin-1").replace("$", r"\$")
+
+
+def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
+    """A figure outside pyplot, which would keep it in a global list and choose a backend for the whole process.
+
+    With several columns the second value is one pair of axes a column.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
-    axes = figure.subplots()
-    axes.set_axisbelow(True)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(RULE)
-    axes.tick_params(colors=MUTED, labelsize=9, length=0)
-    return figure, axes
+    panels = figure.subplots(1, columns, squeeze=False)[0]
+    for axes in panels:
+        axes.set_axisbelow(True)
+        for side in ("top", "right", "left"):
+            axes.spines[side].set_visible(False)
+        axes.spines["bottom"].set_color(RULE)
+        axes.tick_params(colors=MUTED, labelsize=9, length=0)
+    return figure, panels if columns > 1 else panels[0]
 
 
 def _png(figure: Any) -> bytes:

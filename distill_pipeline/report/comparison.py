@@ -5,9 +5,14 @@ from itertools import combinations
 from typing import Any
 
 from distill_pipeline.evaluation.statistics import Interval, difference
+from distill_pipeline.report.funnel import filter_row
+from distill_pipeline.report.text import compact
 
 FACTORS = ("teacher", "filter", "method", "init")
 """What two students may differ in. A contrast is a pair that differs in exactly one of them."""
+
+LEFT_OUT = frozenset({"samples", "scores", "filters"})
+"""Parts of a student's report that are long and stand in that report."""
 
 
 def build_comparison(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -18,7 +23,8 @@ def build_comparison(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     Returns:
         ``students``: the reports without samples and document scores; ``leaderboard``: one row a student, best first;
         ``references``: teachers and untrained students, each once; ``contrasts``: pairs of students that differ in one
-        factor, with the paired difference of their scores; ``warnings`` by student.
+        factor, with the paired difference of their scores and what each was trained on; ``filters``: one row a filtered set;
+        ``warnings`` by student.
     """
     ordered = sorted(reports, key=_best_first)
     labels = sorted({report["headline"]["label"] for report in reports})
@@ -30,8 +36,9 @@ def build_comparison(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "leaderboard": [leaderboard_row(report) for report in ordered],
         "references": _references(ordered),
         "contrasts": list(_contrasts(ordered)),
+        "filters": _filter_rows(ordered),
         "warnings": [{key: report[key] for key in ("student", "warnings")} for report in ordered if report["warnings"]],
-        "students": [{key: value for key, value in report.items() if key not in {"samples", "scores"}} for report in ordered],
+        "students": [{key: value for key, value in report.items() if key not in LEFT_OUT} for report in ordered],
     }
 
 
@@ -106,9 +113,25 @@ def _contrasts(reports: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]
         gain = _paired_difference(better, other)
         if len(changed) == 1 and gain is not None:
             yield {
+                "trained_tokens": [theirs["cost"].get("trained_tokens"), ours["cost"].get("trained_tokens")],
                 "factor": changed[0], "from": theirs[changed[0]], "to": ours[changed[0]],
                 "student": better["student"], "other": other["student"], "difference": gain,
             }  # fmt: skip
+
+
+def _filter_rows(reports: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Each filtered set once, by name."""
+    found = {name: facts for report in reports for name, facts in report["filters"].items() if facts["funnel"]}
+    return [filter_row(name, found[name]) for name in sorted(found)]
+
+
+def contrast_students(contrast: Mapping[str, Any]) -> str:
+    """``sft (9.1K tokens) → kl (9.2K tokens)``: who is compared, and on how much each was trained."""
+    said = [
+        student if tokens is None else f"{student} ({compact(tokens)} tokens)"
+        for student, tokens in zip((contrast["other"], contrast["student"]), contrast["trained_tokens"], strict=True)
+    ]
+    return " → ".join(said)
 
 
 def _paired_difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> Interval | None:

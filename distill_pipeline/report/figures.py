@@ -37,13 +37,20 @@ def _score_row(row: Mapping[str, Any], top: float, is_share: bool) -> dict[str, 
 def count_rows(kept: tuple[str, int], lost: Mapping[str, int], whole: int) -> list[dict[str, Any]]:
     """Bars of counts as shares of ``whole``: first what was kept, then each reason of loss."""
     listed = [(kept[0], kept[1], "fill-kept"), *((reason.replace("_", " "), n, "fill-lost") for reason, n in lost.items())]
-    return [
-        {
-            "name": name, "said": f"{n:,}", "range": percent(n / whole) if whole else "", "css": css, "start": 0,
-            "width": _place(n, whole) if whole else 0, "low": None, "high": None, "ticks": (), "label": f"{name}: {n:,}",
-        }
-        for name, n, css in listed
-    ]  # fmt: skip
+    return [_count_row(name, n, whole, css) for name, n, css in listed]
+
+
+def histogram_bars(counts: Sequence[tuple[str, int]]) -> list[dict[str, Any]]:
+    """Bars of (name, count), as shares of all counts together."""
+    whole = sum(n for _, n in counts)
+    return [_count_row(name, n, whole, "fill-kept") for name, n in counts]
+
+
+def _count_row(name: str, n: int, whole: int, css: str) -> dict[str, Any]:
+    return {
+        "name": name, "said": f"{n:,}", "range": percent(n / whole) if whole else "", "css": css, "start": 0,
+        "width": _place(n, whole) if whole else 0, "low": None, "high": None, "ticks": (), "label": f"{name}: {n:,}",
+    }  # fmt: skip
 
 
 def difference_row(difference: Mapping[str, Any], largest: float, *, is_share: bool) -> dict[str, Any]:

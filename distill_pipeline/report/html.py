@@ -12,8 +12,17 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from distill_pipeline.report.comparison import init_text, is_share_headline, shared_warnings
-from distill_pipeline.report.figures import count_rows, curve_plot, difference_row, gap_ruler, score_chart
+from distill_pipeline.report.comparison import contrast_students, init_text, is_share_headline, shared_warnings
+from distill_pipeline.report.figures import count_rows, curve_plot, difference_row, gap_ruler, histogram_bars, score_chart
+from distill_pipeline.report.funnel import (
+    STAGES,
+    funnel_rows,
+    histogram_rows,
+    largest_reasons,
+    pass_text,
+    reason_rows,
+    sample_rows,
+)
 from distill_pipeline.report.text import (
     UNKNOWN,
     compact,
@@ -48,6 +57,7 @@ def student_html(report: Mapping[str, Any]) -> str:
         table=_task_rows(report), held_out=_held_out_rows(report), plot=curve_plot(report["curve"]),
         training=[(name.replace("_", " "), _plain(value)) for name, value in report["training"].items()],
         cost=_cost_rows(report["cost"]), funnel=[_funnel_stage(stage) for stage in report["funnel"]],
+        filters=[_filter_part(name, facts) for name, facts in report["filters"].items() if facts["funnel"]],
         lineage=[{**row, "counts": counts_text(row.get("counts", {}))} for row in report["lineage"]],
         inputs=sorted(report["input_versions"].items()), packages=sorted(report["packages"].items()),
     )  # fmt: skip
@@ -70,7 +80,8 @@ def comparison_html(comparison: Mapping[str, Any]) -> str:
         "comparison.html.j2", comparison=comparison, lede=_comparison_lede(comparison),
         scores=score_chart(rows, is_share=is_share),
         rows=[_leaderboard_cells(row, is_share) for row in comparison["leaderboard"]],
-        contrasts=_contrast_rows(comparison), teachers=[facts[name] for name in sorted(facts)],
+        contrasts=_contrast_rows(comparison), filters=[_filter_cells(row) for row in comparison["filters"]],
+        teachers=[facts[name] for name in sorted(facts)],
         plots=[{**plot, "name": report["student"], "method": report["method"]} for report, plot in plots if plot],
         warnings=shared_warnings(comparison),
     )  # fmt: skip
@@ -215,6 +226,29 @@ def _funnel_stage(stage: Mapping[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _filter_part(name: str, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What one filter decided: the funnel by domain, reasons by domain, accepted per prompt, pass rates, samples."""
+    domains, reasons = reason_rows(facts)
+    return {
+        "name": name, "stages": STAGES, "domains": domains, "pass_text": pass_text(facts), "samples": sample_rows(facts),
+        "funnel": [
+            {"domain": row["domain"], "cells": [number(row[stage]) for stage in STAGES], "share": percent(row["accepted_frac"])}
+            for row in funnel_rows(facts)
+        ],
+        "reasons": [(reason.replace("_", " "), [number(n) if n else "" for n in counts]) for reason, counts in reasons],
+        "accepted": histogram_bars([(f"{accepted} accepted", n) for accepted, n in histogram_rows(facts)]),
+    }  # fmt: skip
+
+
+def _filter_cells(row: Mapping[str, Any]) -> dict[str, Any]:
+    rates = ", ".join(f"{name} {percent(rate)}" for name, rate in row["pass_at"].items())
+    return {
+        "name": row["name"], "cells": [number(row[stage]) for stage in STAGES], "share": percent(row["accepted_frac"]),
+        "per_prompt": number(row["per_prompt"]), "rates": rates or UNKNOWN,
+        "reasons": largest_reasons(row["reasons"]),
+    }  # fmt: skip
+
+
 def _plain(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: UNKNOWN}[value]
@@ -266,7 +300,7 @@ def _contrast_rows(comparison: Mapping[str, Any]) -> Sequence[dict[str, Any]]:
     return [
         {
             **difference_row(found["difference"], max(ends), is_share=comparison["is_share"]),
-            "change": f"{found['factor']}: {found['from']} → {found['to']}", "pair": f"{found['other']} → {found['student']}",
+            "change": f"{found['factor']}: {found['from']} → {found['to']}", "pair": contrast_students(found),
         }
         for found in contrasts
     ]  # fmt: skip

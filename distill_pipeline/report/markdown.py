@@ -7,7 +7,8 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from distill_pipeline.report.comparison import is_share_headline, shared_warnings
+from distill_pipeline.report.comparison import contrast_students, is_share_headline, shared_warnings
+from distill_pipeline.report.funnel import STAGES, funnel_rows, largest_reasons, pass_text, reason_rows
 from distill_pipeline.report.text import (
     UNKNOWN,
     compact,
@@ -52,8 +53,23 @@ def student_markdown(report: Mapping[str, Any]) -> str:
             for name, found in report["yields"].items()
         ]
         parts.append(_table(["filter", "accepted", "completions", "yield"], listed))
+    for name, facts in report["filters"].items():
+        if facts["funnel"]:
+            parts += [f"**{markdown_text(name)}**: {markdown_text(pass_text(facts))}", funnel_markdown(facts)]
     parts.append(samples_markdown(report["samples"][:MARKDOWN_SAMPLES], list(models)))
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def funnel_markdown(facts: Mapping[str, Any]) -> str:
+    """The funnel of a filtered set by domain, then its reasons by domain (``filter_facts``)."""
+    rows = [
+        [row["domain"], *(number(row[stage]) for stage in STAGES), percent(row["accepted_frac"])] for row in funnel_rows(facts)
+    ]
+    domains, reasons = reason_rows(facts)
+    shown = domains if len(domains) > 1 else []
+    listed = [[reason, *(number(count) for count in counts[: 1 + len(shown)])] for reason, counts in reasons]
+    tables = [_table(["domain", *STAGES, "of completions"], rows)]
+    return "\n\n".join(tables + ([_table(["first reason", "rejected", *shown], listed)] if listed else []))
 
 
 def samples_markdown(samples: Sequence[Mapping[str, Any]], models: Sequence[str]) -> str:
@@ -73,10 +89,17 @@ def comparison_markdown(comparison: Mapping[str, Any]) -> str:
     parts = [_table(header, rows)]
     if comparison["contrasts"]:
         listed = [
-            [f"{c['factor']}: {c['from']} → {c['to']}", f"{c['other']} → {c['student']}", _gain_text(c, comparison["is_share"])]
+            [f"{c['factor']}: {c['from']} → {c['to']}", contrast_students(c), _gain_text(c, comparison["is_share"])]
             for c in comparison["contrasts"]
         ]
         parts.append(_table(["change", "students", f"difference in {comparison['label']}"], listed))
+    if comparison["filters"]:
+        listed = [
+            [row["name"], *(number(row[stage]) for stage in STAGES), percent(row["accepted_frac"]),
+             ", ".join(f"{name} {percent(rate)}" for name, rate in row["pass_at"].items()), largest_reasons(row["reasons"])]
+            for row in comparison["filters"]
+        ]  # fmt: skip
+        parts.append(_table(["filter", *STAGES, "of completions", "pass rates", "largest reasons"], listed))
     lines = [f"- {markdown_text(line, 600)}" for line in shared_warnings(comparison)]
     return "\n\n".join([*parts, *(["\n".join(lines)] if lines else [])]) + "\n"
 

@@ -25,6 +25,7 @@ from distill_pipeline.training.batches import Example, ExampleSet, Layout, Micro
 from distill_pipeline.training.checkpoints import Checkpoint, save_checkpoint
 from distill_pipeline.training.head import head_loss
 from distill_pipeline.training.layout import hidden_states
+from distill_pipeline.training.position import StagePosition
 from distill_pipeline.training.spec import TrainStageSpec
 
 PROGRESS_SECONDS = 5.0
@@ -99,21 +100,23 @@ class TrainingRun:
         optimizer = make_optimizer(student, stage)
         if resume is not None:
             resume.restore(student, optimizer if first_step else None)
-        total, start = stage_steps(stage, len(self.examples)), time.monotonic()
-        saved_at, spoke_at, tokens_before, pause = start, start, self.trained_tokens, self.checkpoint_seconds
+        before = next((row["tokens"] for row in reversed(self.curve) if row["stage"] < index), 0)
+        position = StagePosition.of(stage, len(self.examples), step=first_step, tokens=self.trained_tokens - before)
+        saved_at = spoke_at = start = time.monotonic()
+        tokens_before, share_before, pause = self.trained_tokens, position.share, self.checkpoint_seconds
         student.train()
-        for step in range(first_step, total):
-            batch = step_examples(self.examples, stage, self.seed, step)
-            self._train_step(index, step, total, batch, optimizer)
+        while not position.is_over:
+            batch = step_examples(self.examples, stage, self.seed, position.step)
+            self._train_step(index, position, batch, optimizer)
             now = time.monotonic()
-            if now - spoke_at >= PROGRESS_SECONDS or step + 1 == total:
+            if now - spoke_at >= PROGRESS_SECONDS or position.is_over:
                 rate = (self.trained_tokens - tokens_before) / max(now - start, 1e-9)
-                left = (now - start) / (step + 1 - first_step) * (total - step - 1)
-                self.progress(f"{stage.method} step {step + 1}/{total}, loss {self.curve[-1]['loss']:.4f}, "
+                left = (now - start) / (position.share - share_before) * (1.0 - position.share)
+                self.progress(f"{stage.method} {position}, loss {self.curve[-1]['loss']:.4f}, "
                               f"{rate:.0f} tokens/s, {left:.0f} s left")  # fmt: skip
                 spoke_at = now
-            if now - saved_at >= pause and step + 1 < total:
-                self._save(index, step + 1, optimizer)
+            if now - saved_at >= pause and not position.is_over:
+                self._save(index, position.step, optimizer)
                 saved_at = time.monotonic()
                 pause = max(self.checkpoint_seconds, (saved_at - now) / CHECKPOINT_SHARE)
         self.seconds += time.monotonic() - start
@@ -121,10 +124,10 @@ class TrainingRun:
             self._save(index + 1, 0, optimizer)
 
     def _train_step(
-        self, index: int, step: int, total: int, batch: Sequence[Example], optimizer: torch.optim.Optimizer
+        self, index: int, position: StagePosition, batch: Sequence[Example], optimizer: torch.optim.Optimizer
     ) -> None:
         stage, student = self.stages[index], self.models.student
-        rate = learning_rate(stage, step, total)
+        rate = position.next_rate(sum(example.num_tokens for example in batch))
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.zero_grad(set_to_none=True)
@@ -136,11 +139,12 @@ class TrainingRun:
         if not (math.isfinite(result.loss) and math.isfinite(norm)):
             names = ", ".join(example.prompt_id for example in batch)
             raise TrainingError(
-                f"stage {index + 1} ({stage.method}), step {step + 1} of {total}: the loss is {result.loss} and the gradient "
+                f"stage {index + 1} ({stage.method}), after {position}: the loss is {result.loss} and the gradient "
                 f"norm {norm}. The weights were not changed. Lower lr ({stage.lr}) or look at these prompts: {names}"
             )
         optimizer.step()
         self.trained_tokens += result.num_tokens
+        position.advance(result.num_tokens)
         self.curve.append({
             "step": len(self.curve) + 1, "stage": index, "method": stage.method, "loss": result.loss,
             "kl": result.kl if stage.method == "logit_kd" else None, "ce": result.ce, "lr": rate, "grad_norm": norm,
@@ -214,25 +218,8 @@ def make_optimizer(student: Any, stage: TrainStageSpec) -> torch.optim.Optimizer
     return torch.optim.AdamW(groups, lr=stage.lr, betas=ADAM_BETAS, fused=True)
 
 
-def stage_steps(stage: TrainStageSpec, num_examples: int) -> int:
-    """Optimizer steps of a stage; a part of an epoch is rounded up to whole steps."""
-    steps = max(1, math.ceil(stage.epochs * math.ceil(num_examples / stage.batch_prompts) - 1e-9))
-    return steps if stage.max_steps is None else min(steps, stage.max_steps)
-
-
 def step_examples(examples: ExampleSet, stage: TrainStageSpec, seed: int, step: int) -> list[Example]:
     """The prompts of one optimizer step: a slice of its epoch's permutation. An epoch's last step may be smaller."""
     epoch, index = divmod(step, math.ceil(len(examples) / stage.batch_prompts))
     order = epoch_order(len(examples), seed=seed, epoch=epoch)
     return [examples[i] for i in order[index * stage.batch_prompts : (index + 1) * stage.batch_prompts]]
-
-
-def learning_rate(stage: TrainStageSpec, step: int, total: int) -> float:
-    """Rises linearly over the first ``warmup_frac`` of the steps, then follows ``schedule`` down to zero (or stays)."""
-    warmup = math.ceil(stage.warmup_frac * total)
-    if step < warmup:
-        return stage.lr * (step + 1) / (warmup + 1)
-    done = (step - warmup) / max(1, total - warmup)
-    if stage.schedule == "constant":
-        return stage.lr
-    return stage.lr * (1.0 - done if stage.schedule == "linear" else (1.0 + math.cos(math.pi * done)) / 2)

@@ -50,6 +50,10 @@ class TrainStageSpec(Spec):
     ce_weight: float = Field(0.0, ge=0.0, le=1.0, description="share of cross-entropy on the data's tokens in logit_kd")
     epochs: float = Field(1.0, gt=0.0)
     max_steps: int | None = Field(None, ge=1, description="stop after this many optimizer steps")
+    max_tokens: int | None = Field(
+        None, ge=1,
+        description="stop with the step that reaches this many completion tokens, however many epochs that takes",
+    )  # fmt: skip
     batch_prompts: int = Field(16, ge=1, description="prompts an optimizer step, each with all its completions")
     micro_batch_tokens: int = Field(1024, ge=64, description="most tokens a forward pass; changes memory, never the result")
     lr: float = Field(3e-4, gt=0.0)

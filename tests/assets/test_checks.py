@@ -20,6 +20,11 @@ def made(result: dg.ExecuteInProcessResult) -> set[str]:
         ("teacher_outputs/smollm2", {"expected": 4, "stopped": 2, "failed": 1}, "expected 4 is not stopped 2"),
         ("scored_outputs/smollm2", {"completions": 2, "scored": 1}, "completions 2 is not scored 1"),
         (FILTERED, {"completions": 5, "accepted": 2, "rejected": 2}, "completions 5 is not accepted 2 + rejected 2"),
+        (
+            FILTERED,
+            {"completions": 5, "accepted": 2, "rejected": 3, "rejected_refusal": 1, "rejected_too_hard": 1},
+            "rejected 3 is not the sum of its first reasons, 2",
+        ),
         ("student_checkpoint/kl", {"completions": 2, "trained_completions": 1}, "completions 2 is not trained_completions 1"),
     ],
 )

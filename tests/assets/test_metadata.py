@@ -6,6 +6,7 @@ from assets.naming import asset_key
 from distill_pipeline.storage.artifacts import Making
 
 INTERPRETED = ("<script", "![b]", "[a](", "`x`")
+HOSTILE = "<script>alert(1)</script> | `x` [a](javascript:1) ![b](http://c)"
 
 
 @pytest.fixture
@@ -21,6 +22,29 @@ def test_counts_are_numbers_that_the_ui_can_plot(metadata):
     assert shown["count_accepted"].value == 1
     assert shown["dagster/row_count"].value == 1
     assert shown["yield_frac"].value == 1.0
+
+
+def test_a_filtered_set_shows_its_funnel_pass_rates_and_a_sample_of_each_reason(materialize, script):
+    stages = {"prompts": 1, "completions": 2, "finished": 2, "scored": 2, "accepted": 1}
+    sample = {"completion_id": "c2", "prompt": HOSTILE, "answer": HOSTILE, "detail": HOSTILE}
+    script.facts["filtered_set/smollm2/verified"] = {
+        "funnel": {HOSTILE: stages}, "domain_reasons": {HOSTILE: {"too_hard": 1}}, "samples": {"too_hard": [sample]},
+        "pass_at": {"1": {"mean": 0.5, "prompts": 1}}, "accepted_per_prompt": {"1": 1},
+    }  # fmt: skip
+    result = materialize('+key:"filtered_set__smollm2__verified"')
+    (event,) = (
+        e for e in result.get_asset_materialization_events() if e.asset_key == asset_key("filtered_set/smollm2/verified")
+    )
+    shown = event.materialization.metadata
+    assert shown["pass_at_1"].value == 0.5
+    assert "| 1 | 2 | 2 | 2 | 1 | 50\\.0 % |" in shown["funnel"].value
+    assert r"| too\_hard | 1 |" in shown["funnel"].value
+    assert not any(sign in shown["funnel"].value for sign in INTERPRETED)
+    assert shown["funnel_chart"].value.startswith("![stages")
+    assert len(shown["funnel_chart"].value) < 100_000
+    (record,) = shown["samples_by_reason"].records
+    assert record.data["reason"] == "too_hard"
+    assert "<script" in record.data["answer"]
 
 
 def test_every_asset_says_where_it_lies_and_what_it_was_made_from(metadata):

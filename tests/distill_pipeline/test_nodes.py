@@ -45,6 +45,26 @@ def test_the_quickstart_has_these_nodes_with_these_inputs() -> None:
     }
 
 
+def test_the_filter_ablation_uses_again_what_the_quickstart_made() -> None:
+    ablation = yaml.safe_load(QUICKSTART.with_name("filter_ablation.yaml").read_text())
+    ours, theirs = versions(ablation), versions(yaml.safe_load(QUICKSTART.read_text()))
+    shared = {"prompt_pool", "teacher_outputs/smollm2", "scored_outputs/smollm2"}
+    shared |= {f"filtered_set/smollm2/{name}" for name in ("unfiltered", "verified")}
+    assert {name: ours[name] for name in shared} == {name: theirs[name] for name in shared}
+    budgets = {stage["max_tokens"] for student in ablation["students"].values() for stage in student["stages"]}
+    assert len(budgets) == 1
+    assert set(ablation["students"]) == set(ablation["filters"])
+
+
+def test_a_preset_and_the_same_rules_written_out_are_one_filter() -> None:
+    document = yaml.safe_load(QUICKSTART.read_text())
+    document["filters"]["verified"] = {"preset": "short_answer"}
+    found = experiment_nodes(parse_experiment(document))["filtered_set/smollm2/verified"]
+    assert found.spec["filter"]["*"]["repetition"] == {"reasoning": "gopher", "answer": "loops"}
+    document["filters"]["verified"] = found.spec["filter"]["*"]
+    assert versions(document)["filtered_set/smollm2/verified"] == found.code_version
+
+
 def test_every_node_comes_after_its_inputs() -> None:
     seen: set[str] = set()
     for name, node in experiment_nodes(parse_experiment(yaml.safe_load(QUICKSTART.read_text()))).items():

@@ -214,7 +214,10 @@ ROWS = st.lists(
     max_size=5,
 )  # fmt: skip
 RULES = st.builds(
-    FilterSpec, min_score=st.sampled_from([None, 0.5, 1.0]), keep=st.sampled_from(["all", "best_of_n", "shortest"]),
+    FilterSpec, min_score=st.sampled_from([None, 0.5, 1.0]), keep=st.sampled_from(["all", "best_of_n", "shortest", 2]),
+    preset=st.sampled_from([None, "math", "chat"]), near_duplicate=st.sampled_from([None, {"threshold": 0.5}]),
+    difficulty=st.sampled_from([None, {"min": 0.3, "max": 0.7}]), diversity=st.sampled_from([None, {"max_similarity": 0.5}]),
+    domains=st.sampled_from([{}, {"d": {"preset": "code"}}, {"other": {"keep": 1}}]),
     max_per_prompt=st.sampled_from([None, 1, 2]), drop=st.lists(st.sampled_from(ALL_RULES), unique=True).map(tuple),
 )  # fmt: skip
 

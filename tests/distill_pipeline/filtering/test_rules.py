@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distill_pipeline.filtering.repetition import loop_period, repetition_fault
-from distill_pipeline.filtering.rules import content_key, is_empty, is_refusal, is_repetitive, is_truncated
+from distill_pipeline.filtering.rules import content_key, is_empty, is_refusal, is_repetitive, is_self_reference, is_truncated
+from distill_pipeline.filtering.spec import RepetitionSpec
 from distill_pipeline.ngrams import word_hashes
 
 REFUSALS = [
@@ -70,6 +71,46 @@ def test_a_refusal_deep_in_an_answer_or_in_front_of_a_long_one_is_none() -> None
     assert not is_refusal("I'm sorry, but I can't help with that. " + "Here is what I can say about it. " * 30)
 
 
+SELF_REFERENCES = [
+    "As an AI language model, I have no feelings, but the capital is Paris.",
+    "As an AI, I can tell you it is Paris.",
+    "As ChatGPT, I think so.",
+    "I'm ChatGPT, a large language model.",
+    "I am an AI assistant created by OpenAI.",
+    "I\u2019m just an AI, so I cannot taste it, but sugar is sweet.",
+    "Sure! I was trained by OpenAI to help.",
+    "Based on my training data, the answer is 4.",
+    "As of my knowledge cutoff in 2021, it is Paris.",
+    "as a large language model I do not eat",
+    "As an AI assistant developed by Anthropic, I would say 4.",
+    "I am Qwen, made by Alibaba Cloud.",
+]
+NO_SELF_REFERENCES = [
+    "As an AI researcher, Turing asked whether machines think.",
+    "ChatGPT is a product of OpenAI.",
+    "As a language, Latin is dead.",
+    "A large language model predicts words.",
+    "I am a teacher.",
+    "OpenAI was founded in 2015.",
+    "As a model of the atom, Bohr's is simple.",
+    "Claude Monet was a painter.",
+    "I am an AI researcher at a lab.",
+    "My training for the marathon starts today.",
+    *[text for text in NO_REFUSALS if "As an AI" not in text],
+]
+
+
+@pytest.mark.parametrize("answer", SELF_REFERENCES)
+def test_self_references_are_found_and_are_no_refusals(answer: str) -> None:
+    assert is_self_reference(answer)
+    assert not is_refusal(answer)
+
+
+@pytest.mark.parametrize("answer", NO_SELF_REFERENCES)
+def test_texts_about_models_are_no_self_references(answer: str) -> None:
+    assert not is_self_reference(answer)
+
+
 @pytest.mark.parametrize(
     ("finish", "raw", "expected"),
     [
@@ -128,6 +169,16 @@ def test_texts_that_go_round_in_circles_are_found(text: str) -> None:
     assert is_repetitive(None, text)
 
 
+def test_trace_and_answer_are_judged_apart_each_by_its_own_test() -> None:
+    table = "\n".join(f"case {n} of the big table gives the value of case {n} of the big table" for n in range(12))
+    loop = "wait, that is wrong. " * 9
+    assert is_repetitive(None, table)
+    assert is_repetitive(table, "Paris")
+    assert not is_repetitive(table, table, RepetitionSpec(reasoning="off", answer="loops"))
+    assert is_repetitive(None, loop, RepetitionSpec(answer="loops"))
+    assert not is_repetitive(loop, "Paris", RepetitionSpec(reasoning="off"))
+
+
 def test_ordinary_long_text_is_not_repetitive() -> None:
     assert repetition_fault(" ".join(prose(5000))) is None
     assert not is_repetitive(None, "")
@@ -143,6 +194,7 @@ def test_a_loop_is_found_from_its_third_time_and_sixteenth_word(period: int, tim
 @given(text=st.text(max_size=300))
 def test_rules_are_total(text: str) -> None:
     is_refusal(text)
+    is_self_reference(text)
     is_repetitive(text, text)
     is_empty(text)
     content_key(None, text)
@@ -152,6 +204,7 @@ def test_no_text_takes_long() -> None:
     started = time.process_time()
     for unit in ("i ", "sorry ", "i'm sorry, but ", ". ", "*", "\n", "a b ", "- "):
         is_refusal(unit * 40)
+        is_self_reference(unit * 50_000)
         is_repetitive(None, unit * 50_000)
     assert time.process_time() - started < 10
 

@@ -10,6 +10,22 @@ from distill_pipeline.report.build import build_student_report
 PRUNED = {"prune": {"layers": 20, "by": "block_influence"}, "scratch": None, "model": None}
 
 
+FILTER_FACTS = {
+    "funnel": {
+        "capitals": {"prompts": 100, "completions": 400, "finished": 396, "scored": 390, "accepted": 180},
+        "plurals": {"prompts": 20, "completions": 80, "finished": 74, "scored": 70, "accepted": 20},
+    },
+    "domain_reasons": {"capitals": {"below_min_score": 217, "failed": 3}, "plurals": {"below_min_score": 23, "truncated": 36,
+                                                                                      "failed": 1}},
+    "pass_at": {"1": {"mean": 0.42, "prompts": 118}, "4": {"mean": 0.8, "prompts": 118}},
+    "accepted_per_prompt": {"0": 20, "2": 100},
+    "samples": {
+        "below_min_score": [{"completion_id": "c", "prompt": "Capital of X?", "answer": "no idea", "detail": "exact 0"}],
+        "truncated": [{"completion_id": "d", "prompt": "Plural of y?", "answer": "the plural of", "detail": ""}],
+        "failed": [{"completion_id": "e", "prompt": "q", "answer": "", "detail": "HTTP 500"}],
+    },
+}  # fmt: skip
+
 MakeEvaluation = Callable[..., dict[str, Any]]
 
 
@@ -63,6 +79,7 @@ def make_report() -> Callable[..., dict[str, Any]]:
                 "smollm2/verified": {
                     "counts": {"completions": 480, "accepted": 200, "rejected": 276, "failed": 4},
                     "reject_reasons": {"below_min_score": 240, "truncated": 36},
+                    "facts": FILTER_FACTS,
                 }
             },
             "training": {"steps": 39, "kept_layers": [0, 1, 3]},

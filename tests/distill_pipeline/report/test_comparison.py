@@ -44,6 +44,24 @@ def test_contrasts_compare_students_that_differ_in_one_thing(reports: list[dict[
     assert contrasts[0]["difference"]["low"] > 0
 
 
+def test_each_filtered_set_has_one_line_with_funnel_rates_and_reasons(reports: list[dict[str, Any]]) -> None:
+    comparison = build_comparison(reports)
+    (row,) = comparison["filters"]
+    assert (row["name"], row["prompts"], row["completions"], row["accepted"]) == ("smollm2/verified", 120, 480, 200)
+    assert row["reasons"] == {"below_min_score": 240, "truncated": 36, "failed": 4}
+    assert row["per_prompt"] == pytest.approx(200 / 120)
+    for page in (comparison_html(comparison), comparison_markdown(comparison)):
+        assert "below min score 240" in page
+    assert "| 41\\.7 % |" in comparison_markdown(comparison)
+
+
+def test_contrasts_say_on_how_much_each_student_was_trained(reports: list[dict[str, Any]]) -> None:
+    reports[0]["cost"]["trained_tokens"] = 9_100
+    comparison = build_comparison(reports[:2])
+    assert comparison["contrasts"][0]["trained_tokens"] == [9_100, 4_000]
+    assert "sft (9.1K tokens) → kl (4.0K tokens)" in comparison_html(comparison)
+
+
 def test_missing_baselines_are_dashes_and_warnings_never_errors(reports: list[dict[str, Any]]) -> None:
     comparison = build_comparison(reports[2:])
     assert comparison["references"] == []

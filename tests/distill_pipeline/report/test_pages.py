@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from distill_pipeline.report.build import build_comparison
-from distill_pipeline.report.charts import accuracy_png, loss_curve_png
+from distill_pipeline.report.charts import accuracy_png, funnel_png, loss_curve_png
+from distill_pipeline.report.funnel import filter_facts
 from distill_pipeline.report.html import comparison_html, student_html, write_comparison, write_student_report
 from distill_pipeline.report.markdown import comparison_markdown, comparison_text, student_markdown
 from distill_pipeline.report.text import markdown_text, one_line, visible_text
@@ -66,6 +67,16 @@ class Page(HTMLParser):
         raise AssertionError(f"a comment: {data}")
 
 
+def _filter_facts(text: str) -> dict[str, Any]:
+    stages = {"prompts": 3, "completions": 3, "finished": 3, "scored": 2, "accepted": 1}
+    sample = {"completion_id": text, "prompt": text, "answer": text, "detail": text}
+    return {
+        "funnel": {text: stages, "d": stages}, "domain_reasons": {text: {text: 2}, "d": {"refusal": 2}},
+        "pass_at": {"1": {"mean": 0.5, "prompts": 2}}, "accepted_per_prompt": {"0": 2, "1": 1},
+        "samples": {text: [sample], "refusal": [sample]},
+    }  # fmt: skip
+
+
 def _reports(make_report: MakeReport, make_evaluation: MakeEvaluation, text: str) -> dict[str, Any]:
     """A report in which everything that a model, a file or a licence table can say is ``text``."""
     spoken = {"answer": text, "prompt": text, "target": text}
@@ -79,7 +90,10 @@ def _reports(make_report: MakeReport, make_evaluation: MakeEvaluation, text: str
     }  # fmt: skip
     return make_report(
         evaluations=evaluations, teachers=[teacher], training={text: text}, input_versions={text: text}, packages={text: text},
-        filters={"t/f": {"counts": {"completions": 3, "accepted": 1}, "reject_reasons": {text: 2}}},
+        filters={
+            "t/f": {"counts": {"completions": 3, "accepted": 1}, "reject_reasons": {text: 2}, "facts": _filter_facts(text)},
+            text: {"counts": {"completions": 3, "accepted": 1}, "facts": _filter_facts(text)},
+        },
         init={"model": text}, held_out={"student": {"forward_kl": None, "top1_agreement": None, "tokens": 0, "reason": text}},
         lineage=[{"name": text, "version": text, "counts": {text: 1}}],
     )  # fmt: skip
@@ -153,6 +167,14 @@ def test_equal_reports_give_equal_bytes(make_report: MakeReport, tmp_path: Path)
 
 def test_page_shows_scores_obligations_reasons_and_versions(make_report: MakeReport) -> None:
     text = " ".join("".join(Page(student_html(make_report())).text).split())
+    for said in (
+        "What the filter smollm2/verified decided",
+        "pass@1 42.0 %, pass@4 80.0 %",
+        "HTTP 500",
+        "all domains",
+        "41.7 %",
+    ):
+        assert said in text
     for said in ("50.0 %", "60.0 %", "81.8 %", "show 'Built with Qwen'", "below min score", "a" * 16, "✓ right", "✗ wrong"):
         assert said in text
 
@@ -185,7 +207,9 @@ def test_visible_text_shows_what_it_cut_and_what_cannot_be_seen() -> None:
 def test_charts_are_small_pngs_and_leave_no_figure_behind(make_report: MakeReport) -> None:
     had_pyplot = "matplotlib.pyplot" in sys.modules
     long_curve = [{"step": step, "loss": 2.0 + (step % 7) / 10} for step in range(5000)]
-    for png in (loss_curve_png(long_curve), loss_curve_png([]), accuracy_png(make_report())):
+    facts = make_report()["filters"]["smollm2/verified"]
+    pages = [funnel_png(facts), funnel_png(filter_facts({})), funnel_png(filter_facts(_filter_facts("$x^{ \x00 <b>")))]
+    for png in (loss_curve_png(long_curve), loss_curve_png([]), accuracy_png(make_report()), *pages):
         assert png.startswith(b"\x89PNG")
         assert len(png) < 60_000
     assert ("matplotlib.pyplot" in sys.modules) == had_pyplot

@@ -19,7 +19,7 @@ from distill_pipeline.models.load import load_model, load_tokenizer
 from distill_pipeline.models.resolve import ModelFolder
 from distill_pipeline.outcome import Outcome
 from distill_pipeline.training import loop, stage
-from distill_pipeline.training.loop import learning_rate, stage_steps
+from distill_pipeline.training.position import StagePosition, learning_rate, stage_steps
 from distill_pipeline.training.spec import StudentSpec, TrainStageSpec
 from distill_pipeline.training.stage import different_ids, parameters_sha256, train_student
 
@@ -135,11 +135,14 @@ print("RESUMED", outcome.facts["resumed_from_step"], flush=True)
 """
 
 
-@pytest.mark.parametrize("kill_after", [3, 8])
+BUDGETS = KD | {"max_tokens": 700, "epochs": 0.1}, SFT | {"max_tokens": 700}
+
+
+@pytest.mark.parametrize(("stages", "kill_after"), [((KD, SFT), 3), ((KD, SFT), 8), (BUDGETS, 7)])
 def test_kill_and_resume_gives_the_same_losses_as_an_uninterrupted_run(
-    train: Any, make_student: Any, make_rows: Any, teacher: ModelFolder, tmp_path: Path, kill_after: int
+    train: Any, make_student: Any, make_rows: Any, teacher: ModelFolder, tmp_path: Path, stages: Any, kill_after: int
 ) -> None:  # fmt: skip
-    student = make_student(KD, SFT)  # 6 + 3 steps: the kills fall into either stage
+    student = make_student(*stages)  # the kills fall into either stage
     train(student, "whole")
     folder = tmp_path / "killed"
     call = {"teacher": str(teacher.path), "rows": make_rows(12), "student": student.document(), "out": str(folder / "out"),
@@ -172,7 +175,9 @@ def test_a_loss_that_is_no_number_names_the_batch_and_keeps_the_checkpoint(
         return original(hidden * float("nan") if len(calls) == 4 else hidden, *args, **options)
 
     monkeypatch.setattr(loop, "head_loss", poisoned)
-    with pytest.raises(TrainingError, match=r"stage 1 \(logit_kd\), step 4 of 6: the loss is nan.*prompt-\d{3}, prompt-\d{3}"):
+    with pytest.raises(
+        TrainingError, match=r"stage 1 \(logit_kd\), after step 3 of 6: the loss is nan.*prompt-\d{3}, prompt-\d{3}"
+    ):
         train(make_student(KD), checkpoint_seconds=0.0)
     assert not (tmp_path / "run" / "out").exists()
     (folder, *_) = sorted((tmp_path / "run" / "work" / "checkpoints").glob("step-*"), reverse=True)
@@ -237,13 +242,60 @@ def test_different_ids_are_listed_with_both_meanings() -> None:
 
 
 def test_steps_of_a_stage() -> None:
-    def steps(examples: int, **fields: Any) -> int:
+    def steps(examples: int, **fields: Any) -> int | None:
         return stage_steps(TrainStageSpec(method="sft", **fields), examples)
 
     assert steps(33, batch_prompts=16, epochs=2) == 6
     assert steps(32, batch_prompts=16, epochs=0.5) == 1
     assert steps(3, batch_prompts=16, epochs=0.1) == 1
     assert steps(1000, batch_prompts=16, max_steps=5) == 5
+    assert steps(1000, batch_prompts=16, max_tokens=5) is None
+
+
+@pytest.mark.parametrize("budget", [1, 150, 1000])
+def test_a_budget_of_tokens_ends_with_the_step_that_reaches_it_whatever_the_epochs(
+    train: Any, make_student: Any, tmp_path: Path, budget: int
+) -> None:  # fmt: skip
+    outcome = train(make_student(SFT | {"max_tokens": budget, "epochs": 0.5}))
+    tokens = [row["tokens"] for row in curve(tmp_path / "run")]
+    assert tokens[-1] >= budget
+    assert all(before < budget for before in tokens[:-1])
+    assert outcome.counts["trained_tokens"] == tokens[-1]
+    assert budget < 1000 or outcome.counts["trained_tokens"] > 2 * outcome.counts["data_tokens"]
+
+
+def test_a_budget_holds_for_its_own_stage_and_steps_may_end_it_earlier(train: Any, make_student: Any, tmp_path: Path) -> None:
+    train(make_student(SFT | {"max_tokens": 200}, SFT | {"max_tokens": 200}, SFT | {"max_tokens": 10_000, "max_steps": 2}))
+    rows = curve(tmp_path / "run")
+    per_stage = [max(row["tokens"] for row in rows if row["stage"] == stage) for stage in range(3)]
+    assert per_stage[0] >= 200
+    assert 200 <= per_stage[1] - per_stage[0] <= per_stage[0] + 100
+    assert sum(row["stage"] == 2 for row in rows) == 2
+
+
+def test_with_equal_steps_the_rate_by_tokens_is_the_rate_by_steps() -> None:
+    for schedule in ("cosine", "linear", "constant"):
+        spec = {"method": "sft", "lr": 1.0, "schedule": schedule, "warmup_frac": 0.2}
+        by_steps = StagePosition.of(TrainStageSpec.model_validate(spec | {"epochs": 10, "batch_prompts": 4}), 4)
+        by_tokens = StagePosition.of(TrainStageSpec.model_validate(spec | {"max_tokens": 70}), 4)
+        for _ in range(10):
+            assert by_tokens.next_rate(7) == pytest.approx(by_steps.next_rate(7))
+            assert by_tokens.share == pytest.approx(by_steps.share)
+            by_steps.advance(7)
+            by_tokens.advance(7)
+        assert by_steps.is_over
+        assert by_tokens.is_over
+
+
+def test_the_rate_reaches_its_end_with_the_budget_and_not_before() -> None:
+    spec = TrainStageSpec(method="sft", lr=1.0, schedule="linear", warmup_frac=0.0, max_tokens=100)
+    position, rates = StagePosition.of(spec, 4), []
+    for tokens in (30, 5, 50, 14, 40):
+        rates.append(position.next_rate(tokens))
+        position.advance(tokens)
+    assert rates == [pytest.approx(left) for left in (1.0, 0.7, 0.65, 0.15, 0.01)]
+    assert position.is_over
+    assert str(position) == "step 5, 139 of 100 tokens"
 
 
 def test_learning_rate_rises_and_falls_as_said() -> None:

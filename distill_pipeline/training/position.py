@@ -1,0 +1,80 @@
+"""Where a stage's training stands: how far it is, when it ends, and the learning rate of its next step.
+
+A stage is as long as its epochs, or ``max_steps`` where that is less. With ``max_tokens`` it goes on, over as many epochs as
+that takes, up to the step that reaches so many completion tokens, so that students of large and of small sets can be trained
+on equally much; ``max_steps`` still ends it earlier. Everything here follows from the number of steps and tokens that are
+behind, so a run that goes on from a checkpoint goes on alike.
+"""
+
+import math
+from dataclasses import dataclass
+
+from distill_pipeline.training.spec import TrainStageSpec
+
+
+@dataclass
+class StagePosition:
+    """Steps and completion tokens of one stage that are behind. ``max_steps`` is None where only tokens end the stage."""
+
+    stage: TrainStageSpec
+    max_steps: int | None
+    step: int = 0
+    tokens: int = 0
+
+    @classmethod
+    def of(cls, stage: TrainStageSpec, num_examples: int, *, step: int = 0, tokens: int = 0) -> "StagePosition":
+        """The position after ``step`` steps that trained ``tokens`` tokens, in a stage over so many examples."""
+        return cls(stage, stage_steps(stage, num_examples), step, tokens)
+
+    @property
+    def share(self) -> float:
+        """How much of the stage is done, in [0, 1]."""
+        return min(1.0, max(done / whole for done, whole, _ in self._measures(0)))
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the last step was the last one."""
+        return any(done >= whole for done, whole, _ in self._measures(0))
+
+    def next_rate(self, batch_tokens: int) -> float:
+        """The learning rate of the next step, which trains on so many tokens."""
+        done, whole, size = max(self._measures(batch_tokens), key=lambda measure: measure[0] / measure[1])
+        return learning_rate(self.stage, done, whole, size)
+
+    def advance(self, batch_tokens: int) -> None:
+        """One more step of so many tokens is behind."""
+        self.step += 1
+        self.tokens += batch_tokens
+
+    def __str__(self) -> str:
+        steps = "" if self.max_steps is None else f" of {self.max_steps}"
+        limit = self.stage.max_tokens
+        return f"step {self.step}{steps}" + ("" if limit is None else f", {self.tokens:,} of {limit:,} tokens")
+
+    def _measures(self, batch_tokens: int) -> list[tuple[int, int, int]]:
+        """(done, whole, the next step's size) in steps and in tokens, where these end the stage."""
+        steps = [] if self.max_steps is None else [(self.step, self.max_steps, 1)]
+        return steps + ([] if self.stage.max_tokens is None else [(self.tokens, self.stage.max_tokens, batch_tokens)])
+
+
+def stage_steps(stage: TrainStageSpec, num_examples: int) -> int | None:
+    """Optimizer steps of a stage; a part of an epoch is rounded up to whole steps. None where ``max_tokens`` alone ends it."""
+    if stage.max_tokens is not None:
+        return stage.max_steps
+    steps = max(1, math.ceil(stage.epochs * math.ceil(num_examples / stage.batch_prompts) - 1e-9))
+    return steps if stage.max_steps is None else min(steps, stage.max_steps)
+
+
+def learning_rate(stage: TrainStageSpec, done: int, whole: int, size: int = 1) -> float:
+    """Rises linearly over the first ``warmup_frac`` of the way, then follows ``schedule`` down to zero (or stays).
+
+    Args:
+        done, whole, size: what is behind the step, the whole way, and the step's own part of it; in steps, or in tokens.
+    """
+    warmup = math.ceil(stage.warmup_frac * whole)
+    if done < warmup:
+        return stage.lr * (done + size) / (warmup + size)
+    passed = (done - warmup) / max(1, whole - warmup)
+    if stage.schedule == "constant":
+        return stage.lr
+    return stage.lr * (1.0 - passed if stage.schedule == "linear" else (1.0 + math.cos(math.pi * passed)) / 2)
