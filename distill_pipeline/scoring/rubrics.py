@@ -32,9 +32,10 @@ SCALES = (5, 10)
 """Highest scores; the lowest is 1."""
 
 _NAME = re.compile(r"[a-z_]+")
-_SAID = re.compile(r"\bscore\b[\s*_`]*[:=]", re.IGNORECASE)
+_SCORE_IS = re.compile(r"\bscore\b[\s*_`]*[:=]", re.IGNORECASE)
 _NUMBER = re.compile(r"[\s*_`(\[]*(\d{1,3})(?![\d,]|\.\d)(?:\s*/\s*(\d{1,3}))?")
-_CHOSE = re.compile(r"\bverdict\b[\s*_`]*[:=][\s*_`\"'(\[]*(?:answer\s+)?(a|b|tie)\b", re.IGNORECASE)
+_VERDICT_IS = re.compile(r"\bverdict\b[\s*_`]*[:=]", re.IGNORECASE)
+_CHOICE = re.compile(r"[\s*_`\"'(\[]*(?:answer\s+)?(a|b|tie)\b", re.IGNORECASE)
 
 Message = Mapping[str, str]
 
@@ -87,20 +88,24 @@ def comparing_prompt(messages: Sequence[Message], first: str, second: str, *, ru
 
 def parse_score(text: str, scale: int) -> int | None:
     """The last ``Score: N`` of a judge's own words; None where there is none, or N is no whole number from 1 to ``scale``."""
-    said = [match.end() for match in _SAID.finditer(text)]
-    number = _NUMBER.match(text, said[-1]) if said else None
+    number = _after_last(_SCORE_IS, text, _NUMBER)
     if number is None or (number[2] is not None and int(number[2]) != scale):
         return None
     return int(number[1]) if 1 <= int(number[1]) <= scale else None
 
 
 def parse_verdict(text: str) -> str | None:
-    """The last ``Verdict: X`` of a judge's own words as ``A``, ``B`` or ``tie``; None where there is none."""
-    found = _CHOSE.findall(text)
-    if not found:
+    """The last ``Verdict: X`` of a judge's own words as ``A``, ``B`` or ``tie``; None where there is none, or X is no such."""
+    choice = _after_last(_VERDICT_IS, text, _CHOICE)
+    if choice is None:
         return None
-    last: str = found[-1].lower()
-    return "tie" if last == "tie" else last.upper()
+    return "tie" if choice[1].lower() == "tie" else choice[1].upper()
+
+
+def _after_last(lead: re.Pattern[str], text: str, wanted: re.Pattern[str]) -> re.Match[str] | None:
+    """What is wanted, right behind the last place where it is led in."""
+    said = [match.end() for match in lead.finditer(text)]
+    return wanted.match(text, said[-1]) if said else None
 
 
 def _spoken(messages: Sequence[Message]) -> str:

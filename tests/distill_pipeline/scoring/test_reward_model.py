@@ -1,0 +1,130 @@
+"""A reward model's scores are those of transformers, whatever the batch and the padding."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from distill_pipeline.errors import ConfigError, ModelNotFoundError
+from distill_pipeline.models.load import load_classifier, load_tokenizer, silent_bars
+from distill_pipeline.models.resolve import resolve_model
+from distill_pipeline.rendering import ChatRenderer
+from distill_pipeline.scoring.opening import open_scorer
+from distill_pipeline.scoring.reward import Classifier
+from distill_pipeline.scoring.rows import AnswerRow, ScoringContext
+from distill_pipeline.scoring.spec import ScorerSpec
+
+Samples = Callable[..., list[AnswerRow]]
+
+
+def save_classifier(folder: Path, tokenizer_dir: Path, *, num_labels: int = 1, pad_token_id: int | None = 2) -> Path:
+    """A tiny random Llama classifier beside the tokenizer of the tiny model."""
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    tokenizer = load_tokenizer(tokenizer_dir)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=128, num_labels=num_labels, pad_token_id=pad_token_id,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]), silent_bars():
+        torch.manual_seed(0)
+        model = LlamaForSequenceClassification(config)
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.mul_(6.0)
+        model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=[2, None], ids=["padding token", "no padding token"])
+def classifier_dir(request: Any, tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
+    return save_classifier(tmp_path_factory.mktemp("reward"), tiny_model_dir, pad_token_id=request.param)
+
+
+def context_of(folder: Path, tmp_path: Path) -> ScoringContext:
+    model = resolve_model(str(folder), models_dir=tmp_path / "models", progress=lambda line: None)
+    return ScoringContext(models={(str(folder), None): model}, device="cpu", scores_dir=tmp_path / "scores")
+
+
+def mixed(samples: Samples) -> list[AnswerRow]:
+    texts = ["cold", "what is the opposite of hot? " * 3, "", "seven", "the capital of France is Paris", "a b c d e f g", "no"]
+    return [row for number in range(3) for row in samples(texts, "why " * number + "?")]
+
+
+def test_scores_are_the_sigmoid_of_what_transformers_gives(classifier_dir: Path, samples: Samples, tmp_path: Path) -> None:
+    rows = mixed(samples)
+    with open_scorer(
+        ScorerSpec(kind="reward_model", options={"model": str(classifier_dir)}), context_of(classifier_dir, tmp_path)
+    ) as s:
+        found = [value.score for value in s.score(rows)]
+    from transformers import AutoModelForSequenceClassification
+
+    with silent_bars():
+        model = AutoModelForSequenceClassification.from_pretrained(classifier_dir).eval()
+    tokenizer = load_tokenizer(classifier_dir)
+    for row, score in zip(rows, found, strict=True):
+        turns = [*row.messages, {"role": "assistant", "content": row.answer}]
+        ids = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=True)
+        with torch.inference_mode():
+            output = float(model(**ids).logits[0, 0])
+        assert score == pytest.approx(1 / (1 + math.exp(-output)), abs=1e-5)
+    assert len({round(score or 0, 6) for score in found}) > 10
+
+
+def test_scores_depend_neither_on_the_batch_nor_on_the_order(classifier_dir: Path, samples: Samples) -> None:
+    rows = mixed(samples)
+    renderer = ChatRenderer(load_tokenizer(classifier_dir))
+    found = []
+    for batch_tokens in (1, 200, 100_000):
+        classifier = Classifier(load_classifier(classifier_dir), renderer, "tiny", batch_tokens=batch_tokens)
+        found.append(classifier.outputs([ids for row in rows if not isinstance(ids := classifier.ids_of(row), str)]))
+        ids = [classifier.ids_of(row) for row in reversed(rows)]
+        found.append(classifier.outputs([each for each in ids if not isinstance(each, str)])[::-1])
+    for outputs in found[1:]:
+        assert outputs == pytest.approx(found[0], abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
+    return save_classifier(tmp_path_factory.mktemp("one"), tiny_model_dir)
+
+
+def test_a_conversation_that_does_not_fit_is_unknown_and_says_so(one: Path, samples: Samples, tmp_path: Path) -> None:
+    with open_scorer(ScorerSpec(kind="reward_model", options={"model": str(one)}), context_of(one, tmp_path)) as scorer:
+        values = scorer.score(samples(["x", "y" * 500]))
+    assert values[0].score is not None
+    assert values[1].score is None
+    assert "the reward model's context holds 128" in values[1].detail
+
+
+def test_identity_refuses_what_is_no_score(one: Path, samples: Samples, tmp_path: Path) -> None:
+    spec = ScorerSpec(kind="reward_model", options={"model": str(one), "scale": "identity"})
+    with open_scorer(spec, context_of(one, tmp_path)) as scorer, pytest.raises(ConfigError, match="Set its scale to sigmoid"):
+        scorer.score(mixed(samples))
+
+
+def test_models_that_are_no_reward_models_are_refused(tmp_path: Path, tiny_model_dir: Path, samples: Samples) -> None:
+    two = save_classifier(tmp_path / "two", tiny_model_dir, num_labels=2)
+    for folder, reason in ((two, "one output; .* has 2"), (tiny_model_dir, "is no sequence classifier")):
+        spec = ScorerSpec(kind="reward_model", options={"model": str(folder)})
+        with open_scorer(spec, context_of(folder, tmp_path)) as scorer, pytest.raises(ConfigError, match=reason):
+            scorer.score(samples(["x"]))
+    with pytest.raises(ModelNotFoundError, match=r"no \.safetensors weights"):
+        load_classifier(tmp_path)
+
+
+def test_the_models_content_and_the_options_name_the_scores(tmp_path: Path, tiny_model_dir: Path, one: Path) -> None:
+    other = save_classifier(tmp_path / "other", tiny_model_dir, pad_token_id=None)
+    specs = [(one, {}), (other, {}), (one, {"scale": "identity"})]
+    folders, versions = set(), set()
+    for folder, options in specs:
+        spec = ScorerSpec(kind="reward_model", options={"model": str(folder), **options})
+        scorer = open_scorer(spec, context_of(folder, tmp_path))
+        assert scorer.kept is not None
+        folders.add(scorer.kept.folder)
+        versions.add(scorer.version)
+    assert len(folders) == len(versions) == 3
