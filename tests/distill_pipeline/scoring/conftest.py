@@ -69,3 +69,31 @@ def answer_rows(answers: Sequence[str | tuple[str, str]], question: str = "q", *
 @pytest.fixture
 def samples() -> Callable[..., list[AnswerRow]]:
     return answer_rows
+
+
+@pytest.fixture(scope="session")
+def classifier_of(tiny_model_dir: Path) -> Callable[..., Path]:
+    """Saves a tiny random Llama classifier, with the tokenizer of the tiny model, in a folder."""
+    import torch
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    from distill_pipeline.models.load import load_tokenizer, silent_bars
+
+    tokenizer = load_tokenizer(tiny_model_dir)
+
+    def save(folder: Path, *, seed: int = 0, num_labels: int = 1, pad_token_id: int | None = 2) -> Path:
+        config = LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+            max_position_embeddings=128, num_labels=num_labels, pad_token_id=pad_token_id,
+        )  # fmt: skip
+        with torch.random.fork_rng(devices=[]), silent_bars():
+            torch.manual_seed(seed)
+            model = LlamaForSequenceClassification(config)
+            with torch.no_grad():
+                for weight in model.parameters():
+                    weight.mul_(6.0)
+            model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return save

@@ -1,5 +1,7 @@
 """A judge's verdict is read from its own words only, is paid for once, and counts only where both orders agree."""
 
+import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -178,12 +180,19 @@ def test_both_orders_must_agree(bench: Bench, samples: Samples) -> None:
     assert bench.judge(script, samples(["better"]), compare=True)[0].detail == "the prompt has no reference to compare with"
 
 
-def test_a_real_model_judges_without_a_fault(tmp_path: Path, tiny_model_dir: Path, samples: Samples) -> None:
-    model = resolve_model(str(tiny_model_dir), models_dir=tmp_path / "models", progress=lambda line: None)
-    context = ScoringContext(
-        models={("t", None): model}, device="cpu", generations_dir=tmp_path / "g", scores_dir=tmp_path / "s"
-    )
-    spec = ScorerSpec(kind="judge", options={"model": "t", "max_tokens": 8})
+def test_a_real_model_judges_and_is_not_loaded_for_what_it_said_before(
+    tmp_path: Path, tiny_model_dir: Path, samples: Samples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "roomy")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 4096}))
+    model = resolve_model(str(folder), models_dir=tmp_path / "models", progress=lambda line: None)
+    context = ScoringContext(models={("t", None): model}, device="cpu", generations_dir=tmp_path / "generations")
+    spec = ScorerSpec(kind="judge", options={"model": "t", "max_tokens": 4})
+    rows = samples(["x", "y"])
     with open_scorer(spec, context) as scorer:
-        values = scorer.score(samples(["x", "y"]))
-    assert all(value.score is None and "context holds" in value.detail for value in values)
+        first = scorer.score(rows)
+    assert all(value.score is None and not value.lost for value in first)
+    monkeypatch.setattr(GreedyAnswers, "_loaded", lambda asking: pytest.fail("loaded"))
+    with open_scorer(spec, context) as scorer:
+        assert scorer.score(rows) == first

@@ -89,3 +89,22 @@ def test_only_what_changed_is_scored(tmp_path: Path, tiny_teacher_dir: Path, cou
     counts = world.scored().manifest.counts
     assert (counts["reused"], counts["scored_anew"]) == (72, 18)
     assert 0 < len(one.calls()) <= 6
+
+
+def test_a_scorers_model_is_named_as_a_teacher_or_by_reference_and_its_content_counts(
+    tmp_path: Path, tiny_teacher_dir: Path, classifier_of: Callable[..., Path]
+) -> None:
+    reward = classifier_of(tmp_path / "reward", seed=0)
+    world = World(tmp_path, tiny_teacher_dir, [])
+    judge = {"kind": "judge", "options": {"model": "small", "max_tokens": 4}}
+    world.document["scorers"]["words"] = [judge, {"kind": "reward_model", "options": {"model": str(reward)}}]
+    scored = world.scored()
+    versions = scored.manifest.made.inputs
+    assert {f"model:{reward}", "model:small", "scorer:judge", "scorer:reward_model"} <= set(versions)
+    facts = scored.manifest.facts
+    assert facts["scores"]["words"]["reward_model"]["known"] == 24
+    assert world.scored().reused
+    classifier_of(reward, seed=1)
+    reuse = world.scored().manifest.facts["reuse"]["words"]
+    assert reuse["reward_model"] == {"reused": 0, "scored_anew": 24}
+    assert reuse["judge"] == {"reused": 24, "scored_anew": 0}

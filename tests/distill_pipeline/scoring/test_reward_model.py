@@ -18,31 +18,12 @@ from distill_pipeline.scoring.rows import AnswerRow, ScoringContext
 from distill_pipeline.scoring.spec import ScorerSpec
 
 Samples = Callable[..., list[AnswerRow]]
-
-
-def save_classifier(folder: Path, tokenizer_dir: Path, *, num_labels: int = 1, pad_token_id: int | None = 2) -> Path:
-    """A tiny random Llama classifier beside the tokenizer of the tiny model."""
-    from transformers import LlamaConfig, LlamaForSequenceClassification
-
-    tokenizer = load_tokenizer(tokenizer_dir)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=128, num_labels=num_labels, pad_token_id=pad_token_id,
-    )  # fmt: skip
-    with torch.random.fork_rng(devices=[]), silent_bars():
-        torch.manual_seed(0)
-        model = LlamaForSequenceClassification(config)
-        with torch.no_grad():
-            for weight in model.parameters():
-                weight.mul_(6.0)
-        model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+SaveClassifier = Callable[..., Path]
 
 
 @pytest.fixture(scope="module", params=[2, None], ids=["padding token", "no padding token"])
-def classifier_dir(request: Any, tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
-    return save_classifier(tmp_path_factory.mktemp("reward"), tiny_model_dir, pad_token_id=request.param)
+def classifier_dir(request: Any, tmp_path_factory: pytest.TempPathFactory, classifier_of: SaveClassifier) -> Path:
+    return classifier_of(tmp_path_factory.mktemp("reward"), pad_token_id=request.param)
 
 
 def context_of(folder: Path, tmp_path: Path) -> ScoringContext:
@@ -89,8 +70,8 @@ def test_scores_depend_neither_on_the_batch_nor_on_the_order(classifier_dir: Pat
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
-    return save_classifier(tmp_path_factory.mktemp("one"), tiny_model_dir)
+def one(tmp_path_factory: pytest.TempPathFactory, classifier_of: SaveClassifier) -> Path:
+    return classifier_of(tmp_path_factory.mktemp("one"))
 
 
 def test_a_conversation_that_does_not_fit_is_unknown_and_says_so(one: Path, samples: Samples, tmp_path: Path) -> None:
@@ -107,8 +88,10 @@ def test_identity_refuses_what_is_no_score(one: Path, samples: Samples, tmp_path
         scorer.score(mixed(samples))
 
 
-def test_models_that_are_no_reward_models_are_refused(tmp_path: Path, tiny_model_dir: Path, samples: Samples) -> None:
-    two = save_classifier(tmp_path / "two", tiny_model_dir, num_labels=2)
+def test_models_that_are_no_reward_models_are_refused(
+    tmp_path: Path, tiny_model_dir: Path, classifier_of: SaveClassifier, samples: Samples
+) -> None:
+    two = classifier_of(tmp_path / "two", num_labels=2)
     for folder, reason in ((two, "one output; .* has 2"), (tiny_model_dir, "is no sequence classifier")):
         spec = ScorerSpec(kind="reward_model", options={"model": str(folder)})
         with open_scorer(spec, context_of(folder, tmp_path)) as scorer, pytest.raises(ConfigError, match=reason):
@@ -117,8 +100,8 @@ def test_models_that_are_no_reward_models_are_refused(tmp_path: Path, tiny_model
         load_classifier(tmp_path)
 
 
-def test_the_models_content_and_the_options_name_the_scores(tmp_path: Path, tiny_model_dir: Path, one: Path) -> None:
-    other = save_classifier(tmp_path / "other", tiny_model_dir, pad_token_id=None)
+def test_the_models_content_and_the_options_name_the_scores(tmp_path: Path, classifier_of: SaveClassifier, one: Path) -> None:
+    other = classifier_of(tmp_path / "other", seed=1)
     specs = [(one, {}), (other, {}), (one, {"scale": "identity"})]
     folders, versions = set(), set()
     for folder, options in specs:
