@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from distill_pipeline.models.resolve import ModelFolder
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class AnswerRow:
     """A completion with its prompt. ``metadata`` is the prompt's JSON text; the others are as in the records."""
 
@@ -37,6 +38,11 @@ class AnswerRow:
     def has_failed(self) -> bool:
         """Whether the teacher gave no answer at all."""
         return self.finish_reason == "error"
+
+    @cached_property
+    def content_key(self) -> str:
+        """A hash of all that a function of one row can depend on: prompt, reference, metadata and answer."""
+        return sha256_of([self.prompt_id, self.reference, self.metadata, self.answer])[:32]
 
 
 def _silent(line: str) -> None:
@@ -89,7 +95,7 @@ class OpenedScorer(ABC):
 
     def keys(self, rows: Sequence[AnswerRow]) -> list[str]:
         """For each row a hash of all that its score depends on: equal keys have equal scores."""
-        return [sha256_of([row.prompt_id, row.reference, row.metadata, row.answer])[:32] for row in rows]
+        return [row.content_key for row in rows]
 
     @abstractmethod
     def score(self, rows: Sequence[AnswerRow]) -> list[ScoreValue]:
