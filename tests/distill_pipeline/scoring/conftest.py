@@ -73,22 +73,26 @@ def samples() -> Callable[..., list[AnswerRow]]:
 
 @pytest.fixture(scope="session")
 def classifier_of(tiny_model_dir: Path) -> Callable[..., Path]:
-    """Saves a tiny random Llama classifier, with the tokenizer of the tiny model, in a folder."""
+    """Saves a tiny random classifier (``llama`` or ``bert``), with the tokenizer of the tiny model, in a folder."""
     import torch
-    from transformers import LlamaConfig, LlamaForSequenceClassification
+    from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
     from distill_pipeline.models.load import load_tokenizer, silent_bars
 
     tokenizer = load_tokenizer(tiny_model_dir)
+    kinds: dict[str, tuple[Any, Any]] = {
+        "llama": (LlamaConfig, LlamaForSequenceClassification), "bert": (BertConfig, BertForSequenceClassification),
+    }  # fmt: skip
 
-    def save(folder: Path, *, seed: int = 0, num_labels: int = 1, pad_token_id: int | None = 2) -> Path:
-        config = LlamaConfig(
+    def save(folder: Path, *, kind: str = "llama", seed: int = 0, num_labels: int = 1, pad_token_id: int | None = 2) -> Path:
+        config_class, model_class = kinds[kind]
+        config = config_class(
             vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
             max_position_embeddings=128, num_labels=num_labels, pad_token_id=pad_token_id,
         )  # fmt: skip
         with torch.random.fork_rng(devices=[]), silent_bars():
             torch.manual_seed(seed)
-            model = LlamaForSequenceClassification(config)
+            model = model_class(config)
             with torch.no_grad():
                 for weight in model.parameters():
                     weight.mul_(6.0)

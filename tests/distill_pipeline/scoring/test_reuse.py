@@ -109,6 +109,15 @@ def test_equal_answers_to_one_prompt_are_scored_once(runs: Runs, counting: Calla
     assert outcome.counts["scored_anew"] == 4
 
 
+def test_one_more_sample_has_its_prompt_vote_again_and_no_other(runs: Runs) -> None:
+    before = {"a": ["x", "x", "y"], "b": ["z", "z"]}
+    runs.run(before, "majority_vote")
+    outcome = runs.run({**before, "a": ["x", "x", "y", "y", "y"]}, "majority_vote")
+    assert (outcome.counts["reused"], outcome.counts["scored_anew"]) == (2, 5)
+    rows = pq.read_table(runs.out_dir / "part-00000.parquet")
+    assert rows["score"].to_pylist() == [0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0]
+
+
 def test_another_scorer_scores_alone(runs: Runs, counting: Callable[..., Any]) -> None:
     one, two = counting("one"), counting("two")
     runs.run(ANSWERS, one.kind)

@@ -21,9 +21,12 @@ Samples = Callable[..., list[AnswerRow]]
 SaveClassifier = Callable[..., Path]
 
 
-@pytest.fixture(scope="module", params=[2, None], ids=["padding token", "no padding token"])
+@pytest.fixture(scope="module", params=["llama", "bert", "no padding token"])
 def classifier_dir(request: Any, tmp_path_factory: pytest.TempPathFactory, classifier_of: SaveClassifier) -> Path:
-    return classifier_of(tmp_path_factory.mktemp("reward"), pad_token_id=request.param)
+    folder = tmp_path_factory.mktemp("reward")
+    if request.param == "no padding token":
+        return classifier_of(folder, pad_token_id=None)
+    return classifier_of(folder, kind=request.param)
 
 
 def context_of(folder: Path, tmp_path: Path) -> ScoringContext:
@@ -100,14 +103,14 @@ def test_models_that_are_no_reward_models_are_refused(
         load_classifier(tmp_path)
 
 
-def test_the_models_content_and_the_options_name_the_scores(tmp_path: Path, classifier_of: SaveClassifier, one: Path) -> None:
-    other = classifier_of(tmp_path / "other", seed=1)
-    specs = [(one, {}), (other, {}), (one, {"scale": "identity"})]
-    folders, versions = set(), set()
-    for folder, options in specs:
+def test_the_models_content_and_the_options_name_the_scores(tmp_path: Path, classifier_of: SaveClassifier) -> None:
+    folder = tmp_path / "model"
+    kept, versions = set(), set()
+    for seed, options in ((0, {}), (1, {}), (1, {"scale": "identity"})):
+        classifier_of(folder, seed=seed)
         spec = ScorerSpec(kind="reward_model", options={"model": str(folder), **options})
         scorer = open_scorer(spec, context_of(folder, tmp_path))
         assert scorer.kept is not None
-        folders.add(scorer.kept.folder)
+        kept.add(scorer.kept.folder)
         versions.add(scorer.version)
-    assert len(folders) == len(versions) == 3
+    assert len(kept) == len(versions) == 3
