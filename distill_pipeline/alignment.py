@@ -28,6 +28,11 @@ class PromptView:
         found: list[dict[str, str]] = self.batch.column("messages")[self.row].as_py()
         return found
 
+    def metadata(self) -> str:
+        """The source's other columns as JSON."""
+        found: str = self.batch.column("metadata")[self.row].as_py()
+        return found
+
 
 class PromptCursor:
     """Walks the pool forward to the prompts that completions name."""

@@ -11,7 +11,8 @@ completion
     (then ``error`` says why and the text is empty). ``logprob`` is the summed log-probability, in nats, of the completion's
     tokens under the sampling distribution. Written by generation.
 score
-    One scorer's opinion of one completion: ``score`` in [0, 1], null where the scorer cannot tell. Written by scoring.
+    One scorer's opinion of one completion: ``score`` in [0, 1], null where the scorer cannot tell. ``scorer_version`` is its
+    code's version and, behind a plus, a hash of its options and its model where it has any. Written by scoring.
 verdict
     A completion with all its scores and what the filter decided. ``rank`` orders a prompt's accepted completions from 0.
     ``reject_reason`` is the first reason, ``reject_reasons`` all of them. Written by filtering; no row is ever dropped.

@@ -80,6 +80,16 @@ class ChatRenderer:
         ids = self._encode(raw_text, split_special_tokens=True)
         return [*ids, self.end_token_id] if finished else ids
 
+    def conversation_ids(self, messages: Sequence[Message]) -> list[int]:
+        """Ids of a whole conversation that ends with an assistant's turn: what a classifier of conversations reads.
+
+        Raises:
+            ConfigError: the template refuses these messages; the message quotes it.
+        """
+        if self.tokenizer.chat_template is None:
+            return self._plain_prefix + self._encode("\n\n".join(message["content"] for message in messages))
+        return self._encode(self._render(messages, generate=False))
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, without special tokens, white space as it was."""
         text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)

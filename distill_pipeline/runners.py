@@ -65,7 +65,9 @@ def _report_externals(work: Work) -> dict[str, str]:
 def _scorer_externals(work: Work) -> dict[str, str]:
     from distill_pipeline.scoring.registry import scorer_versions
 
-    return {f"scorer:{kind}": version for kind, version in scorer_versions(work.experiment.scorers).items()}
+    found = {f"scorer:{kind}": version for kind, version in scorer_versions(work.experiment.scorers).items()}
+    models = work.scoring_models()
+    return found | {f"model:{model}@{revision or ''}".rstrip("@"): m.identity for (model, revision), m in models.items()}
 
 
 def _nothing(work: Work) -> dict[str, str]:
@@ -110,11 +112,16 @@ def _run_teacher_outputs(work: Work, out_dir: Path, input_key: str) -> Outcome:
 
 
 def _run_scored_outputs(work: Work, out_dir: Path, input_key: str) -> Outcome:
+    from distill_pipeline.scoring.rows import ScoringContext
     from distill_pipeline.scoring.stage import score_outputs
 
+    context = ScoringContext(
+        models=work.scoring_models(), device=work.teacher_device, scores_dir=work.store.local_folder("scores"),
+        generations_dir=work.store.local_folder("generations"), progress=work.progress,
+    )  # fmt: skip
     return score_outputs(
         work.input("prompt_pool").batches(), work.input("teacher_outputs").batches(), out_dir,
-        scorers=work.experiment.scorers, progress=work.progress,
+        scorers=work.experiment.scorers, context=context,
     )  # fmt: skip
 
 

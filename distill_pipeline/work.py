@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from distill_pipeline.experiment import Experiment
 from distill_pipeline.nodes import Node
 from distill_pipeline.outcome import Progress
+from distill_pipeline.scoring.registry import scorer_models
 from distill_pipeline.storage.artifacts import Artifact, ArtifactStore
 
 if TYPE_CHECKING:
@@ -49,6 +50,15 @@ class Work:
         """The folder of the node's teacher."""
         teacher = self.experiment.teachers[self.teacher_name]
         return self.model(teacher.model, teacher.revision)
+
+    def scoring_models(self) -> "dict[tuple[str, str | None], ModelFolder]":
+        """The folders of the models that the experiment's scorers ask: named as a teacher, or by a reference."""
+        found = {}
+        for name, revision in scorer_models(self.experiment.scorers):
+            teacher = self.experiment.teachers.get(name)
+            where = (teacher.model, revision or teacher.revision) if teacher else (name, revision)
+            found[name, revision] = self.model(*where)
+        return found
 
     def input(self, prefix: str) -> Artifact:
         """The only input whose name begins so."""

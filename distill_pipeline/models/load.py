@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from distill_pipeline.errors import ConfigError, ModelNotFoundError
 
@@ -74,6 +74,26 @@ def load_model(path: Path, *, device: str = "cpu", dtype: str = "float32", trust
     Raises:
         ModelNotFoundError: no config.json, or no safetensors weights; other weight files are never opened.
     """
+    return _loaded(AutoModelForCausalLM, "causal language model", path, device, dtype, trust_remote_code)
+
+
+def load_classifier(path: Path, *, device: str = "cpu", dtype: str = "float32") -> Any:
+    """A sequence classifier in evaluation mode; arguments and errors as for :func:`load_model`.
+
+    Raises:
+        ConfigError: the folder's model has no classification head that was trained: it would score at random.
+    """
+    model, info = _loaded(AutoModelForSequenceClassification, "sequence classifier", path, device, dtype, False, report=True)
+    if info["missing_keys"]:
+        missing = ", ".join(sorted(info["missing_keys"])[:3])
+        raise ConfigError(f"{path} is no sequence classifier: it has no weights for {missing}. Give a reward model.")
+    return model
+
+
+def _loaded(
+    kind: Any, called: str, path: Path, device: str, dtype: str, trust_remote_code: bool, *, report: bool = False
+) -> Any:
+    """A model of a transformers class; with ``report`` also what transformers says of its weights."""
     device = resolve_device(device)
     if dtype == "auto":
         dtype = resolve_dtype(path, device)
@@ -81,9 +101,11 @@ def load_model(path: Path, *, device: str = "cpu", dtype: str = "float32", trust
         raise ModelNotFoundError(f"{path} holds no .safetensors weights. Save it with save_pretrained, or give a GGUF file.")
     try:
         with silent_bars():
-            model = AutoModelForCausalLM.from_pretrained(
-                str(path), dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, local_files_only=True
-            )
+            model, info = kind.from_pretrained(
+                str(path), dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, local_files_only=True,
+                output_loading_info=True,
+            )  # fmt: skip
     except (OSError, ValueError) as err:
-        raise ModelNotFoundError(f"{path} holds no causal language model that transformers can load: {err}") from err
-    return model.to(device).eval()
+        raise ModelNotFoundError(f"{path} holds no {called} that transformers can load: {err}") from err
+    model = model.to(device).eval()
+    return (model, info) if report else model

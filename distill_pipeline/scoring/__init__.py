@@ -16,15 +16,17 @@ def score_answers(
 
     Args:
         kind: a built-in kind or ``package.module:function``.
-        rows: mappings with ``answer`` and, where there is one, ``reference``; other keys are left alone.
-        options: keyword arguments of the scorer.
+        rows: mappings with ``answer`` and, where there is one, ``reference``. Scorers that read more take ``prompt`` (text) or
+            ``messages``, ``finish_reason``, ``completion_tokens`` and ``logprob`` as in the records; rows that follow each
+            other with equal prompts are samples of one prompt. Other keys are left alone.
+        options: keyword arguments of the scorer. Models and what a judge said are kept in the user's cache folder.
     Raises:
         ConfigError: the kind or an option is unknown.
     """
-    from distill_pipeline.scoring.isolation import Bench
-    from distill_pipeline.scoring.registry import resolve_scorer
+    from distill_pipeline.scoring.notebook import notebook_context, notebook_rows
+    from distill_pipeline.scoring.opening import open_scorer
     from distill_pipeline.scoring.spec import ScorerSpec
 
-    scorer = resolve_scorer(ScorerSpec(kind=kind, options=options, timeout_seconds=timeout_seconds))
-    with Bench(scorer) as bench:
-        return [bench.score(row.get("reference"), row["answer"]) for row in rows]
+    spec = ScorerSpec(kind=kind, options=options, timeout_seconds=timeout_seconds)
+    with open_scorer(spec, notebook_context(spec)) as scorer:
+        return scorer.score(notebook_rows(rows))

@@ -33,11 +33,10 @@ class _Gone(Exception):
 
 
 class Bench:
-    """Scores rows with one scorer; use it as a context manager. ``num_timeouts`` and ``num_crashes`` count lost rows."""
+    """Scores rows with one scorer; use it as a context manager."""
 
     def __init__(self, scorer: Scorer) -> None:
         self.scorer = scorer
-        self.num_timeouts = self.num_crashes = 0
         self._function: Callable[..., ScoreValue] | None = None
         self._worker: _Worker | None = None
         self._row = 0
@@ -80,10 +79,8 @@ class Bench:
             self._worker.kill()
             self._worker = None
         if isinstance(err, _Late):
-            self.num_timeouts += 1
-            return ScoreValue(None, f"timeout: no score within {self.scorer.timeout_seconds:g} s")
-        self.num_crashes += 1
-        return ScoreValue(None, f"crash: the scorer's process ended ({err})")
+            return ScoreValue(None, f"timeout: no score within {self.scorer.timeout_seconds:g} s", "timeout")
+        return ScoreValue(None, f"crash: the scorer's process ended ({err})", "crash")
 
 
 class _Worker:

@@ -1,7 +1,8 @@
 """The scorers an experiment can name, without loading what they need: checking an experiment file stays fast.
 
-A scorer is a pure function ``(reference, answer, **options)``. The built-in kinds are below; a user's own is written
-``package.module:function`` and always runs in a process that can be killed.
+Most scorers are pure functions ``(reference, answer, **options)`` of one row; a user's own is written
+``package.module:function`` and always runs in a process that can be killed. Those that read all answers of a prompt, or ask a
+model, are classes that score many rows at once.
 """
 
 import hashlib
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from distill_pipeline.errors import ConfigError
+from distill_pipeline.scoring import rubrics
 from distill_pipeline.scoring.spec import ScorerSpec
 
 SCORERS_MODULE = "distill_pipeline.scoring.scorers"
@@ -25,21 +27,34 @@ _USER_KIND = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 @dataclass(frozen=True)
 class ScoreValue:
-    """A score in [0, 1], or None for unknown, and in few words why. Unknown is never the same as wrong."""
+    """A score in [0, 1], or None for unknown, and in few words why. Unknown is never the same as wrong.
+
+    ``lost`` names what kept the scorer from answering (``timeout``, ``crash``, ``error``); such a row is tried again next time.
+    """
 
     score: float | None
     detail: str = ""
+    lost: str = ""
 
 
 @dataclass(frozen=True)
 class BuiltIn:
-    """What a built-in kind is called and takes. Raise ``version`` when it would score some answer otherwise."""
+    """What a built-in kind is called and takes. Raise ``version`` when it would score some answer otherwise.
+
+    ``function`` is a function of one row in the scorers' module, or ``module:Class`` for a scorer of many rows at once.
+    """
 
     function: str
     version: str
     options: Mapping[str, type | tuple[type, ...]] = field(default_factory=dict)
     required: frozenset[str] = frozenset()
     is_isolated: bool = False
+    uses_model: bool = False
+
+    @property
+    def is_row_function(self) -> bool:
+        """Whether it scores one row at a time."""
+        return ":" not in self.function
 
 
 BUILT_INS: Mapping[str, BuiltIn] = {
@@ -50,7 +65,21 @@ BUILT_INS: Mapping[str, BuiltIn] = {
     "regex": BuiltIn(
         "regex", "1", {"pattern": str, "group": int, "ignore_case": bool}, frozenset({"pattern"}), is_isolated=True
     ),
-}
+    "majority_vote": BuiltIn(
+        "distill_pipeline.scoring.votes:MajorityVote", "1",
+        {"by": str, "by_options": dict, "min_votes": int, "min_share": (int, float)},
+    ),
+    "teacher_logprob": BuiltIn("distill_pipeline.scoring.logprobs:TeacherLogprob", "1"),
+    "reward_model": BuiltIn(
+        "distill_pipeline.scoring.reward:RewardModel", "1", {"model": str, "revision": str, "scale": str},
+        frozenset({"model"}), uses_model=True,
+    ),
+    "judge": BuiltIn(
+        "distill_pipeline.scoring.judge:Judge", "1",
+        {"model": str, "revision": str, "rubric": str, "scale": int, "max_tokens": int, "compare": bool},
+        frozenset({"model"}), uses_model=True,
+    ),
+}  # fmt: skip
 """Built-in kinds. Those that run a user's pattern are isolated: a pattern can take for ever on some answers."""
 
 
@@ -65,6 +94,11 @@ class Scorer:
     timeout_seconds: float
     is_isolated: bool
     search_path: tuple[str, ...] = ()
+
+    @property
+    def is_row_function(self) -> bool:
+        """Whether it scores one row at a time; the others are opened by :mod:`distill_pipeline.scoring.opening`."""
+        return self.kind not in BUILT_INS or BUILT_INS[self.kind].is_row_function
 
     def function(self) -> Callable[..., ScoreValue]:
         """The function itself, for scorers that are not isolated."""
@@ -93,7 +127,7 @@ def scorer_fault(kind: str, options: Mapping[str, Any]) -> str | None:
     missing = sorted(built_in.required - set(options))
     if missing:
         return f"{kind} needs the option {missing[0]!r}"
-    return _value_fault(kind, options)
+    return _value_fault(kind, options) or _batch_fault(kind, options)
 
 
 def _value_fault(kind: str, options: Mapping[str, Any]) -> str | None:
@@ -113,6 +147,24 @@ def _value_fault(kind: str, options: Mapping[str, Any]) -> str | None:
     return None
 
 
+EQUALITIES = ("exact", "numeric", "multiple_choice", "math")
+"""Built-in kinds by which answers can be told equal."""
+
+
+def _batch_fault(kind: str, options: Mapping[str, Any]) -> str | None:
+    if kind == "majority_vote":
+        by = options.get("by", "exact")
+        if ":" not in by and by not in EQUALITIES:
+            return f"majority_vote cannot tell answers equal by {by!r}; it can by: {', '.join(EQUALITIES)} or your own function"
+        if (fault := scorer_fault(by, options.get("by_options", {}))) is not None:
+            return f"majority_vote by {fault}"
+        if options.get("min_votes", 2) < 1 or not 0 <= options.get("min_share", 0.5) <= 1:
+            return "majority_vote needs min_votes of at least 1 and a min_share in [0, 1]"
+    if kind == "reward_model" and options.get("scale", "sigmoid") not in {"sigmoid", "identity"}:
+        return f"reward_model has the scales sigmoid and identity, not {options['scale']!r}"
+    return rubrics.judge_fault(options) if kind == "judge" else None
+
+
 def resolve_scorer(spec: ScorerSpec) -> Scorer:
     """A scorer from its part of the experiment.
 
@@ -124,12 +176,35 @@ def resolve_scorer(spec: ScorerSpec) -> Scorer:
         raise ConfigError(f"scorers: {fault}")
     if ":" not in spec.kind:
         built_in = BUILT_INS[spec.kind]
-        target = f"{SCORERS_MODULE}:{built_in.function}"
-        return Scorer(spec.kind, built_in.version, target, spec.options, spec.timeout_seconds, built_in.is_isolated)
+        target = f"{SCORERS_MODULE}:{built_in.function}" if built_in.is_row_function else built_in.function
+        version = built_in.version
+        if spec.kind == "majority_vote":
+            version = f"{version}.{resolve_scorer(equality_of(spec)).version}"
+        return Scorer(spec.kind, version, target, spec.options, spec.timeout_seconds, built_in.is_isolated)
     search_path = tuple(dict.fromkeys([*filter(None, sys.path), os.getcwd()]))
     file = _module_file(spec.kind.split(":")[0], search_path)
     version = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
     return Scorer(spec.kind, version, spec.kind, spec.options, spec.timeout_seconds, True, search_path)
+
+
+def equality_of(spec: ScorerSpec) -> ScorerSpec:
+    """The scorer by which a majority vote tells answers equal."""
+    return ScorerSpec(
+        kind=spec.options.get("by", "exact"), options=spec.options.get("by_options", {}), timeout_seconds=spec.timeout_seconds
+    )
+
+
+def scorer_models(scorers: Mapping[str, tuple[ScorerSpec, ...]]) -> list[tuple[str, str | None]]:
+    """(model, revision) of each model that an experiment's scorers ask, as it is written there."""
+    return sorted(
+        {
+            (spec.options["model"], spec.options.get("revision"))
+            for listed in scorers.values()
+            for spec in listed
+            if spec.kind in BUILT_INS and BUILT_INS[spec.kind].uses_model
+        },
+        key=str,
+    )
 
 
 def scorer_versions(scorers: Mapping[str, tuple[ScorerSpec, ...]]) -> dict[str, str]:

@@ -69,7 +69,7 @@ def multiple_choice(reference: str | None, answer: str, *, letters: str = "ABCDE
     wanted = {letter for part in reference.split(ALTERNATIVES_SEPARATOR) if (letter := _leading_letter(part, letters))}
     if not wanted:
         return ScoreValue(None, f"the reference {_shown(reference)} begins with none of the letters {letters}")
-    chosen = _chosen_letter(answer, letters)
+    chosen = chosen_letter(answer, letters)
     if chosen is None:
         return ScoreValue(None, "the answer chooses no letter")
     return ScoreValue(float(chosen in wanted), f"chose {chosen}")
@@ -103,7 +103,7 @@ def _leading_letter(text: str, letters: str) -> str | None:
     return found[1].upper() if found else None
 
 
-def _chosen_letter(answer: str, letters: str) -> str | None:
+def chosen_letter(answer: str, letters: str) -> str | None:
     """The letter an answer settles on, by the clearest sign it gives."""
     marked = final_part(answer)
     if marked is not None and (letter := _leading_letter(marked.replace("\\text{", ""), letters)):

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from distill_pipeline.spec import Spec
 
-ALGORITHM = "scored_outputs/1"
+ALGORITHM = "scored_outputs/2"
 """Raise when the same scorers would write other rows."""
 
 

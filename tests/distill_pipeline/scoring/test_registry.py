@@ -13,8 +13,8 @@ from distill_pipeline.scoring.spec import ScorerSpec
 def test_an_unknown_scorer_names_the_known_ones() -> None:
     fault = scorer_fault("contains", {})
     assert fault == (
-        "unknown scorer 'contains'; known: contains_answer, exact, multiple_choice, numeric, regex; "
-        "your own is written package.module:function"
+        "unknown scorer 'contains'; known: contains_answer, exact, judge, majority_vote, multiple_choice, numeric, regex, "
+        "reward_model, teacher_logprob; your own is written package.module:function"
     )
 
 
@@ -30,6 +30,23 @@ def test_an_unknown_scorer_names_the_known_ones() -> None:
         ("regex", {"pattern": "("}, "cannot use the pattern"),
         ("regex", {"pattern": "a", "group": 1}, "has 0 groups"),
         ("multiple_choice", {"letters": "a-z"}, "letters such as ABCD"),
+        ("teacher_logprob", {"scale": "sigmoid"}, "it takes: no options"),
+        (
+            "majority_vote",
+            {"by": "contains_answer"},
+            "cannot tell answers equal by 'contains_answer'; it can by: exact, numeric",
+        ),
+        ("majority_vote", {"by": "majority_vote"}, "cannot tell answers equal by 'majority_vote'"),
+        ("majority_vote", {"by": "numeric", "by_options": {"x": 1}}, "majority_vote by numeric does not take the option 'x'"),
+        ("majority_vote", {"min_share": 1.5}, r"min_share in \[0, 1\]"),
+        ("majority_vote", {"min_votes": 0}, "min_votes of at least 1"),
+        ("reward_model", {}, "reward_model needs the option 'model'"),
+        ("reward_model", {"model": "m", "scale": "tanh"}, "the scales sigmoid and identity, not 'tanh'"),
+        ("judge", {"rubric": "helpful"}, "judge needs the option 'model'"),
+        ("judge", {"model": "m", "rubric": "helpfull"}, "no rubric 'helpfull'; it has: correct, helpful, reasoning"),
+        ("judge", {"model": "m", "scale": 7}, "the scales 5 and 10"),
+        ("judge", {"model": "m", "scale": 5, "compare": True}, "takes no scale where it compares"),
+        ("judge", {"model": "m", "max_tokens": 0}, "max_tokens from 1"),
         ("my.module:", {}, "write package.module:function"),
         ("../x:f", {}, "write package.module:function"),
     ],

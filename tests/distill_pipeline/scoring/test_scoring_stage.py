@@ -11,6 +11,7 @@ import pytest
 from distill_pipeline.errors import IntegrityError
 from distill_pipeline.outcome import Outcome
 from distill_pipeline.records import COMPLETION_SCHEMA, PROMPT_SCHEMA, SCORE_SCHEMA
+from distill_pipeline.scoring.rows import ScoringContext
 from distill_pipeline.scoring.spec import ScorerSpec
 from distill_pipeline.scoring.stage import score_outputs
 
@@ -56,9 +57,7 @@ def scored(
     folder: Path, size: int = 3, rows: Sequence[tuple[str, str, str]] = COMPLETIONS
 ) -> tuple[Outcome, list[dict[str, Any]]]:
     folder.mkdir(exist_ok=True)
-    outcome = score_outputs(
-        prompts(PROMPTS, size), completions(rows, size), folder, scorers=SCORERS, progress=lambda line: None
-    )
+    outcome = score_outputs(prompts(PROMPTS, size), completions(rows, size), folder, scorers=SCORERS, context=ScoringContext())
     table = pq.ParquetFile(folder / "part-00000.parquet").read()
     assert table.schema == SCORE_SCHEMA
     return outcome, table.to_pylist()
@@ -66,7 +65,15 @@ def scored(
 
 def test_each_completion_gets_a_row_per_scorer_of_its_domain_and_failed_ones_none(tmp_path: Path) -> None:
     outcome, rows = scored(tmp_path)
-    assert outcome.counts == {"completions": 5, "scored": 2, "unknown": 1, "unscored": 1, "failed": 1}
+    assert outcome.counts == {
+        "completions": 5,
+        "scored": 2,
+        "unknown": 1,
+        "unscored": 1,
+        "failed": 1,
+        "reused": 0,
+        "scored_anew": 8,
+    }
     assert [(row["completion_id"], row["scorer"], row["score"]) for row in rows] == [
         ("c0", "contains_answer", 1.0), ("c0", "exact", 1.0), ("c0", "exact#2", 1.0),
         ("c1", "contains_answer", 0.0), ("c1", "exact", 0.0), ("c1", "exact#2", 0.0),
@@ -74,7 +81,7 @@ def test_each_completion_gets_a_row_per_scorer_of_its_domain_and_failed_ones_non
     ]  # fmt: skip
     facts = outcome.facts["scores"]["d"]["contains_answer"]
     assert facts == {"mean": 0.5, "known": 2, "unknown": 0, "histogram": [1, 0, 0, 0, 0, 0, 0, 0, 0, 1]}
-    assert outcome.facts["lost"] == {"*/regex": {"timeouts": 0, "crashes": 0}}
+    assert outcome.facts["lost"] == {}
 
 
 def test_batches_leave_no_trace(tmp_path: Path) -> None:
