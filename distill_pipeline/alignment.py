@@ -28,7 +28,7 @@ class PromptView:
         found: list[dict[str, str]] = self.batch.column("messages")[self.row].as_py()
         return found
 
-    def metadata(self) -> str:
+    def metadata_json(self) -> str:
         """The source's other columns as JSON."""
         found: str = self.batch.column("metadata")[self.row].as_py()
         return found

@@ -99,7 +99,7 @@ def answer_chunks(
                     yield chunk
                     chunk = []
                 prompt = cursor.seek(prompt_id)
-                messages, metadata = prompt.messages(), prompt.metadata()
+                messages, metadata = prompt.messages(), prompt.metadata_json()
             chunk.append(AnswerRow(completion_id, prompt_id, prompt.domain, messages, prompt.reference, metadata, *answer))
     if chunk:
         yield chunk

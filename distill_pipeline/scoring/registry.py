@@ -20,7 +20,7 @@ from distill_pipeline.errors import ConfigError
 from distill_pipeline.scoring import rubrics
 from distill_pipeline.scoring.spec import ScorerSpec
 
-SCORERS_MODULE = "distill_pipeline.scoring.scorers"
+SCORING = "distill_pipeline.scoring"
 
 _USER_KIND = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
@@ -41,7 +41,8 @@ class ScoreValue:
 class BuiltIn:
     """What a built-in kind is called and takes. Raise ``version`` when it would score some answer otherwise.
 
-    ``function`` is a function of one row in the scorers' module, or ``module:Class`` for a scorer of many rows at once.
+    ``module`` is one of this package; ``function`` scores one row, or where it is no ``is_row_function`` is the class of a
+    scorer of many rows at once.
     """
 
     function: str
@@ -49,12 +50,13 @@ class BuiltIn:
     options: Mapping[str, type | tuple[type, ...]] = field(default_factory=dict)
     required: frozenset[str] = frozenset()
     is_isolated: bool = False
+    module: str = "scorers"
+    is_row_function: bool = True
     uses_model: bool = False
 
     @property
-    def is_row_function(self) -> bool:
-        """Whether it scores one row at a time."""
-        return ":" not in self.function
+    def target(self) -> str:
+        return f"{SCORING}.{self.module}:{self.function}"
 
 
 BUILT_INS: Mapping[str, BuiltIn] = {
@@ -66,18 +68,18 @@ BUILT_INS: Mapping[str, BuiltIn] = {
         "regex", "1", {"pattern": str, "group": int, "ignore_case": bool}, frozenset({"pattern"}), is_isolated=True
     ),
     "majority_vote": BuiltIn(
-        "distill_pipeline.scoring.votes:MajorityVote", "1",
-        {"by": str, "by_options": dict, "min_votes": int, "min_share": (int, float)},
+        "MajorityVote", "1", {"by": str, "by_options": dict, "min_votes": int, "min_share": (int, float)},
+        module="votes", is_row_function=False,
     ),
-    "teacher_logprob": BuiltIn("distill_pipeline.scoring.logprobs:TeacherLogprob", "1"),
+    "teacher_logprob": BuiltIn("TeacherLogprob", "1", module="logprobs", is_row_function=False),
     "reward_model": BuiltIn(
-        "distill_pipeline.scoring.reward:RewardModel", "1", {"model": str, "revision": str, "scale": str},
-        frozenset({"model"}), uses_model=True,
+        "RewardModel", "1", {"model": str, "revision": str, "scale": str}, frozenset({"model"}),
+        module="reward", is_row_function=False, uses_model=True,
     ),
     "judge": BuiltIn(
-        "distill_pipeline.scoring.judge:Judge", "1",
-        {"model": str, "revision": str, "rubric": str, "scale": int, "max_tokens": int, "compare": bool},
-        frozenset({"model"}), uses_model=True,
+        "Judge", "1",
+        {"model": str, "revision": str, "rubric": str, "scale": int, "max_tokens": int, "compare": bool}, frozenset({"model"}),
+        module="judge", is_row_function=False, uses_model=True,
     ),
 }  # fmt: skip
 """Built-in kinds. Those that run a user's pattern are isolated: a pattern can take for ever on some answers."""
@@ -103,7 +105,8 @@ class Scorer:
     def function(self) -> Callable[..., ScoreValue]:
         """The function itself, for scorers that are not isolated."""
         assert not self.is_isolated, f"{self.kind} runs in a worker only"
-        found: Callable[..., ScoreValue] = getattr(import_module(SCORERS_MODULE), self.target.split(":")[1])
+        module, _, name = self.target.partition(":")
+        found: Callable[..., ScoreValue] = getattr(import_module(module), name)
         return found
 
 
@@ -176,11 +179,10 @@ def resolve_scorer(spec: ScorerSpec) -> Scorer:
         raise ConfigError(f"scorers: {fault}")
     if ":" not in spec.kind:
         built_in = BUILT_INS[spec.kind]
-        target = f"{SCORERS_MODULE}:{built_in.function}" if built_in.is_row_function else built_in.function
         version = built_in.version
         if spec.kind == "majority_vote":
             version = f"{version}.{resolve_scorer(equality_of(spec)).version}"
-        return Scorer(spec.kind, version, target, spec.options, spec.timeout_seconds, built_in.is_isolated)
+        return Scorer(spec.kind, version, built_in.target, spec.options, spec.timeout_seconds, built_in.is_isolated)
     search_path = tuple(dict.fromkeys([*filter(None, sys.path), os.getcwd()]))
     file = _module_file(spec.kind.split(":")[0], search_path)
     version = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
