@@ -3,8 +3,10 @@
 So a stage that needs prompts and completions walks both once, and memory holds a batch of each, whatever the number of rows.
 """
 
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
@@ -12,9 +14,9 @@ import pyarrow as pa
 from distill_pipeline.errors import IntegrityError
 
 
-@dataclass(slots=True)
+@dataclass
 class PromptView:
-    """The prompt that completions belong to; messages are converted only when asked for."""
+    """The prompt that completions belong to; messages and metadata are converted only when asked for."""
 
     prompt_id: str
     reference: str | None
@@ -27,6 +29,18 @@ class PromptView:
         """The prompt's messages."""
         found: list[dict[str, str]] = self.batch.column("messages")[self.row].as_py()
         return found
+
+    @cached_property
+    def metadata(self) -> dict[str, Any]:
+        """The source's other columns."""
+        found: dict[str, Any] = json.loads(self.batch.column("metadata")[self.row].as_py())
+        return found
+
+    @cached_property
+    def last_user_message(self) -> str | None:
+        """What the user said last, or None."""
+        said = [message["content"] for message in self.messages() if message["role"] == "user"]
+        return said[-1] if said else None
 
 
 class PromptCursor:

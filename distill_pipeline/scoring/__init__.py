@@ -16,10 +16,11 @@ def score_answers(
 
     Args:
         kind: a built-in kind or ``package.module:function``.
-        rows: mappings with ``answer`` and, where there is one, ``reference``; other keys are left alone.
+        rows: mappings with ``answer`` and, where there are, ``reference``, ``metadata`` (the prompt's other columns, a
+            mapping) and ``prompt`` (the last user message); other keys are left alone.
         options: keyword arguments of the scorer.
     Raises:
-        ConfigError: the kind or an option is unknown.
+        ConfigError: the kind or an option is unknown, or the scorer needs what this machine does not have.
     """
     from distill_pipeline.scoring.isolation import Bench
     from distill_pipeline.scoring.registry import resolve_scorer
@@ -27,4 +28,7 @@ def score_answers(
 
     scorer = resolve_scorer(ScorerSpec(kind=kind, options=options, timeout_seconds=timeout_seconds))
     with Bench(scorer) as bench:
-        return [bench.score(row.get("reference"), row["answer"]) for row in rows]
+        return [
+            bench.score(row.get("reference"), row["answer"], metadata=row.get("metadata"), prompt=row.get("prompt"))
+            for row in rows
+        ]

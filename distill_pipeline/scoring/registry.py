@@ -1,7 +1,8 @@
 """The scorers an experiment can name, without loading what they need: checking an experiment file stays fast.
 
-A scorer is a pure function ``(reference, answer, **options)``. The built-in kinds are below; a user's own is written
-``package.module:function`` and always runs in a process that can be killed.
+A scorer is a pure function ``(reference, answer, **options)``. One that has a parameter ``metadata`` is also given the
+prompt's other columns, and one with a parameter ``prompt`` the last user message. The built-in kinds are below; a user's own
+is written ``package.module:function`` and always runs in a process that can be killed.
 """
 
 import hashlib
@@ -18,7 +19,7 @@ from typing import Any
 from distill_pipeline.errors import ConfigError
 from distill_pipeline.scoring.spec import ScorerSpec
 
-SCORERS_MODULE = "distill_pipeline.scoring.scorers"
+SCORING = "distill_pipeline.scoring"
 
 _USER_KIND = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
@@ -33,30 +34,54 @@ class ScoreValue:
 
 @dataclass(frozen=True)
 class BuiltIn:
-    """What a built-in kind is called and takes. Raise ``version`` when it would score some answer otherwise."""
+    """What a built-in kind is called and takes. Raise ``version`` when it would score some answer otherwise.
+
+    ``module`` is one of this package. ``start`` names a function of it that a worker calls once before the first row; it
+    raises ConfigError where the scorer cannot work on this machine.
+    """
 
     function: str
     version: str
     options: Mapping[str, type | tuple[type, ...]] = field(default_factory=dict)
     required: frozenset[str] = frozenset()
     is_isolated: bool = False
+    module: str = "scorers"
+    start: str | None = None
+
+    @property
+    def target(self) -> str:
+        return f"{SCORING}.{self.module}:{self.function}"
 
 
 BUILT_INS: Mapping[str, BuiltIn] = {
     "contains_answer": BuiltIn("contains_answer", "1"),
     "exact": BuiltIn("exact", "1", {"case_sensitive": bool}),
+    "json_schema": BuiltIn(
+        "json_schema", "1", {"schema": (dict, str)}, is_isolated=True, module="json_answers", start="require_jsonschema"
+    ),
+    "math": BuiltIn("math", "1", is_isolated=True, module="math_answers", start="require_math_verify"),
     "multiple_choice": BuiltIn("multiple_choice", "1", {"letters": str}),
     "numeric": BuiltIn("numeric", "1", {"relative_tolerance": (int, float), "pick": str}),
+    "python_tests": BuiltIn(
+        "python_tests", "1",
+        {"cpu_seconds": int, "wall_seconds": (int, float), "memory_mb": int, "max_processes": int},
+        is_isolated=True, module="python_tests", start="require_sandbox",
+    ),
+    "reasoning_gym": BuiltIn(
+        "reasoning_gym", "1", {"threshold": (int, float)}, is_isolated=True, module="generated_tasks",
+        start="require_reasoning_gym",
+    ),
     "regex": BuiltIn(
         "regex", "1", {"pattern": str, "group": int, "ignore_case": bool}, frozenset({"pattern"}), is_isolated=True
     ),
 }
-"""Built-in kinds. Those that run a user's pattern are isolated: a pattern can take for ever on some answers."""
+"""Built-in kinds. Those that can hang or crash on some answer are isolated: patterns, algebra, schemas, programs."""
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """A scorer ready to be used. ``target`` is ``module:function``; ``is_isolated`` asks for a process of its own."""
+    """A scorer ready to be used. ``target`` is ``module:function``, and so is ``start`` (what to call before the first row);
+    ``is_isolated`` asks for a process of its own."""
 
     kind: str
     version: str
@@ -65,11 +90,13 @@ class Scorer:
     timeout_seconds: float
     is_isolated: bool
     search_path: tuple[str, ...] = ()
+    start: str | None = None
 
     def function(self) -> Callable[..., ScoreValue]:
         """The function itself, for scorers that are not isolated."""
         assert not self.is_isolated, f"{self.kind} runs in a worker only"
-        found: Callable[..., ScoreValue] = getattr(import_module(SCORERS_MODULE), self.target.split(":")[1])
+        module, _, name = self.target.partition(":")
+        found: Callable[..., ScoreValue] = getattr(import_module(module), name)
         return found
 
 
@@ -124,8 +151,10 @@ def resolve_scorer(spec: ScorerSpec) -> Scorer:
         raise ConfigError(f"scorers: {fault}")
     if ":" not in spec.kind:
         built_in = BUILT_INS[spec.kind]
-        target = f"{SCORERS_MODULE}:{built_in.function}"
-        return Scorer(spec.kind, built_in.version, target, spec.options, spec.timeout_seconds, built_in.is_isolated)
+        start = built_in.start and f"{SCORING}.{built_in.module}:{built_in.start}"
+        return Scorer(
+            spec.kind, built_in.version, built_in.target, spec.options, spec.timeout_seconds, built_in.is_isolated, start=start
+        )
     search_path = tuple(dict.fromkeys([*filter(None, sys.path), os.getcwd()]))
     file = _module_file(spec.kind.split(":")[0], search_path)
     version = hashlib.sha256(file.read_bytes()).hexdigest()[:16]

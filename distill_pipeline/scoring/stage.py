@@ -87,7 +87,7 @@ def score_outputs(
                     continue
                 is_unknown = False
                 for name, bench in used.items():
-                    value = bench.score(prompt.reference, answer)
+                    value = bench.score(prompt.reference, answer, metadata=prompt.metadata, prompt=prompt.last_user_message)
                     is_unknown |= value.score is None
                     tallies.setdefault(prompt.domain, {}).setdefault(name, _Tally()).add(value.score)
                     row = (completion_id, name, bench.scorer.version, value.score, _storable(value.detail))
