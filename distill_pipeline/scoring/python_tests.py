@@ -130,12 +130,12 @@ def _request(code: str, tests: str) -> Any:
 
 
 def _verdict(ending: Ending, limits: Limits) -> ScoreValue:
-    try:
-        said = json.loads(ending.report)
+    if b'"passed": "' + ending.word in ending.report:
+        return ScoreValue(1.0, "passed")
+    try:  # several processes of one program may have reported
+        said, _ = json.JSONDecoder().raw_decode(ending.report.decode("utf-8", "replace"))
     except ValueError:
         said = None
-    if isinstance(said, dict) and said.get("passed") == ending.word.decode():
-        return ScoreValue(1.0, "passed")
     if ending.status is None:
         return ScoreValue(None, f"stopped: not through within {limits.wall_seconds:g} s")
     if os.WIFSIGNALED(ending.status):

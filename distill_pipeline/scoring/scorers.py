@@ -23,9 +23,9 @@ def contains_answer(reference: str | None, answer: str) -> ScoreValue:
     if reference is None:
         return NO_REFERENCE
     if not normalize_words(reference):
-        return ScoreValue(None, f"the reference {_shown(reference)} has no word to look for")
+        return ScoreValue(None, f"the reference {shown(reference)} has no word to look for")
     found = contains_phrase(answer, reference)
-    return ScoreValue(float(found), "found" if found else f"not found: {_shown(reference)}")
+    return ScoreValue(float(found), "found" if found else f"not found: {shown(reference)}")
 
 
 def exact(reference: str | None, answer: str, *, case_sensitive: bool = False) -> ScoreValue:
@@ -34,7 +34,7 @@ def exact(reference: str | None, answer: str, *, case_sensitive: bool = False) -
         return NO_REFERENCE
     given = _trimmed(answer, case_sensitive)
     right = given in {_trimmed(part, case_sensitive) for part in reference.split(ALTERNATIVES_SEPARATOR)} - {""}
-    return ScoreValue(float(right), "equal" if right else f"{_shown(answer)} is not {_shown(reference)}")
+    return ScoreValue(float(right), "equal" if right else f"{shown(answer)} is not {shown(reference)}")
 
 
 def numeric(reference: str | None, answer: str, *, relative_tolerance: float = 1e-6, pick: str = "last") -> ScoreValue:
@@ -48,7 +48,7 @@ def numeric(reference: str | None, answer: str, *, relative_tolerance: float = 1
         return NO_REFERENCE
     wanted = [number for part in reference.split(ALTERNATIVES_SEPARATOR) if (number := _only_number(part)) is not None]
     if not wanted:
-        return ScoreValue(None, f"the reference {_shown(reference)} is not one number")
+        return ScoreValue(None, f"the reference {shown(reference)} is not one number")
     marked = final_part(answer)
     found = quantities(answer if marked is None else marked) or quantities(answer)
     if not found:
@@ -58,8 +58,8 @@ def numeric(reference: str | None, answer: str, *, relative_tolerance: float = 1
     if True in verdicts:
         return ScoreValue(1.0, "equal")
     if None in verdicts:
-        return ScoreValue(None, f"the units of {_shown(reference)} and of the answer differ in kind")
-    return ScoreValue(0.0, f"{_number(chosen[-1])} is not {_shown(reference)}")
+        return ScoreValue(None, f"the units of {shown(reference)} and of the answer differ in kind")
+    return ScoreValue(0.0, f"{_number(chosen[-1])} is not {shown(reference)}")
 
 
 def multiple_choice(reference: str | None, answer: str, *, letters: str = "ABCDE") -> ScoreValue:
@@ -68,7 +68,7 @@ def multiple_choice(reference: str | None, answer: str, *, letters: str = "ABCDE
         return NO_REFERENCE
     wanted = {letter for part in reference.split(ALTERNATIVES_SEPARATOR) if (letter := _leading_letter(part, letters))}
     if not wanted:
-        return ScoreValue(None, f"the reference {_shown(reference)} begins with none of the letters {letters}")
+        return ScoreValue(None, f"the reference {shown(reference)} begins with none of the letters {letters}")
     chosen = _chosen_letter(answer, letters)
     if chosen is None:
         return ScoreValue(None, "the answer chooses no letter")
@@ -134,7 +134,7 @@ def _trimmed(text: str, case_sensitive: bool) -> str:
     return plain if case_sensitive else plain.casefold()
 
 
-def _shown(text: str) -> str:
+def shown(text: str) -> str:
     line = " ".join(text.split())
     return repr(line if len(line) <= _SHOWN_CHARS else line[: _SHOWN_CHARS - 3] + "...")
 
