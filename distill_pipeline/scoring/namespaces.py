@@ -16,8 +16,9 @@ WORK_DIR = "/work"
 INSIDE_ID = 1000
 """User and group of the program inside."""
 
-_CLONE_FLAGS = 0x00020000 | 0x02000000 | 0x04000000 | 0x08000000 | 0x10000000 | 0x20000000 | 0x40000000
-"""New mount, cgroup, uts, ipc, user, pid and network namespaces (linux/sched.h)."""
+_CLONE_FLAGS = 0x00020000 | 0x02000000 | 0x04000000 | 0x08000000 | 0x10000000 | 0x40000000
+"""New mount, cgroup, uts, ipc, user and network namespaces (linux/sched.h)."""
+_CLONE_NEWPID = 0x20000000
 _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_BIND, _MS_REC, _MS_PRIVATE = 0x2, 0x4, 0x8, 0x1000, 0x4000, 0x40000
 _MNT_DETACH = 2
 _AT_FDCWD, _AT_RECURSIVE, _MOUNT_ATTR_RDONLY, _MOUNT_ATTR_NOSUID, _MOUNT_ATTR_NODEV = -100, 0x8000, 1, 2, 4
@@ -50,13 +51,17 @@ def end_with_parent() -> None:
     call("tie to parent", "prctl", _PR_SET_PDEATHSIG, _SIGKILL, 0, 0, 0)
 
 
-def enter() -> None:
-    """Leave the caller's namespaces. The process has no user until the parent has called :func:`map_users`."""
-    call("new namespaces (unshare)", "unshare", _CLONE_FLAGS)
+def enter(*, new_processes: bool) -> None:
+    """Leave the caller's namespaces. The process has no user until one outside has called :func:`map_users`.
+
+    Args:
+        new_processes: also see no processes but those started from here on.
+    """
+    call("new namespaces (unshare)", "unshare", _CLONE_FLAGS | (_CLONE_NEWPID if new_processes else 0))
 
 
 def map_users(pid: int) -> None:
-    """Called by the parent: give process ``pid`` a user without rights, and root of its namespace for the setting up.
+    """Called from outside: give process ``pid`` a user without rights, and root of its namespace for the setting up.
 
     As root, the user inside is a host user that nobody else is, so that limits on processes count its own alone; else it is
     the caller, to whom nothing outside is visible any more.
@@ -121,6 +126,7 @@ def _needed_paths() -> list[str]:
     """What the interpreter needs, parents before what lies in them."""
     wanted = ["/usr", "/lib", "/lib32", "/lib64", "/etc/ld.so.conf.d", "/etc/alternatives"]
     wanted += [os.path.realpath(sys.base_prefix), os.path.realpath(sys.prefix), sys.base_prefix, sys.prefix]
+    wanted += [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
     found: list[str] = []
     for path in dict.fromkeys(wanted):
         if os.path.lexists(path) and not any(path == other or path.startswith(other + "/") for other in found):

@@ -6,6 +6,7 @@ is written ``package.module:function`` and always runs in a process that can be 
 """
 
 import hashlib
+import json
 import os
 import re
 import sys
@@ -61,7 +62,7 @@ BUILT_INS: Mapping[str, BuiltIn] = {
     ),
     "math": BuiltIn("math", "1", is_isolated=True, module="math_answers", start="require_math_verify"),
     "multiple_choice": BuiltIn("multiple_choice", "1", {"letters": str}),
-    "numeric": BuiltIn("numeric", "1", {"relative_tolerance": (int, float), "pick": str}),
+    "numeric": BuiltIn("numeric", "2", {"relative_tolerance": (int, float), "pick": str}),
     "python_tests": BuiltIn(
         "python_tests", "1",
         {"cpu_seconds": int, "wall_seconds": (int, float), "memory_mb": int, "max_processes": int},
@@ -130,6 +131,13 @@ def _value_fault(kind: str, options: Mapping[str, Any]) -> str | None:
         return f"numeric needs a relative_tolerance in [0, 1), not {options['relative_tolerance']!r}"
     if kind == "multiple_choice" and not re.fullmatch(r"[A-Z]{2,26}", options.get("letters", "AB")):
         return f"multiple_choice needs letters such as ABCD, not {options['letters']!r}"
+    if kind == "python_tests":
+        low = next((name for name in ("cpu_seconds", "wall_seconds", "memory_mb", "max_processes") if options.get(name, 1) <= 0), None)
+        return low and f"python_tests needs a {low} above 0, not {options[low]!r}"
+    if kind == "reasoning_gym" and not 0 < options.get("threshold", 1) <= 1:
+        return f"reasoning_gym needs a threshold in (0, 1], not {options['threshold']!r}"
+    if kind == "json_schema" and "schema" in options:
+        return _schema_fault(options["schema"])
     if kind == "regex":
         try:
             groups = re.compile(options["pattern"]).groups
@@ -138,6 +146,22 @@ def _value_fault(kind: str, options: Mapping[str, Any]) -> str | None:
         if not 0 <= options.get("group", 0) <= groups:
             return f"the pattern {options['pattern']!r} has {groups} groups, not {options['group']}"
     return None
+
+
+def _schema_fault(schema: Mapping[str, Any] | str) -> str | None:
+    """What is wrong with a schema, written in the experiment or in a file it names."""
+    from distill_pipeline.scoring.json_answers import require_jsonschema, schema_fault
+
+    try:
+        require_jsonschema()
+        text = Path(schema).read_text("utf-8") if isinstance(schema, str) else json.dumps(schema)
+        json.loads(text)
+    except ConfigError as err:
+        return f"json_schema cannot be used: {err}"
+    except (OSError, ValueError, TypeError) as err:
+        return f"json_schema cannot read the schema {str(schema)[:80]!r}: {err}"
+    fault = schema_fault(text)
+    return fault and f"json_schema cannot use the schema: {fault}"
 
 
 def resolve_scorer(spec: ScorerSpec) -> Scorer:
@@ -152,9 +176,12 @@ def resolve_scorer(spec: ScorerSpec) -> Scorer:
     if ":" not in spec.kind:
         built_in = BUILT_INS[spec.kind]
         start = built_in.start and f"{SCORING}.{built_in.module}:{built_in.start}"
-        return Scorer(
-            spec.kind, built_in.version, built_in.target, spec.options, spec.timeout_seconds, built_in.is_isolated, start=start
-        )
+        options, version = dict(spec.options), built_in.version
+        if spec.kind == "json_schema" and isinstance(options.get("schema"), str):
+            text = Path(options["schema"]).read_text("utf-8")
+            options["schema"] = json.loads(text)
+            version += "-" + hashlib.sha256(text.encode()).hexdigest()[:16]
+        return Scorer(spec.kind, version, built_in.target, options, spec.timeout_seconds, built_in.is_isolated, start=start)
     search_path = tuple(dict.fromkeys([*filter(None, sys.path), os.getcwd()]))
     file = _module_file(spec.kind.split(":")[0], search_path)
     version = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
