@@ -122,7 +122,7 @@ def final_part(text: str) -> str | None:
 
 def _plain(text: str) -> str:
     """One form of digits, signs and fractions. A vulgar fraction is set apart, so that 1½ does not become 11/2."""
-    plain = _SEPARATOR.sub("", text)
+    plain = _SEPARATOR.sub("", text.replace("{,}", ","))
     if not plain.isascii():
         parted = (f" {c}" if unicodedata.decomposition(c).startswith("<fraction>") else c for c in plain)
         plain = unicodedata.normalize("NFKC", "".join(parted)).translate(_MINUS)

@@ -14,6 +14,7 @@ from distill_pipeline.scoring.text import ALTERNATIVES_SEPARATOR, contains_phras
 NO_REFERENCE = ScoreValue(None, "the prompt has no reference")
 
 _SHOWN_CHARS = 80
+_ROUNDING = 1e-6
 _QUOTES = str.maketrans(dict.fromkeys("\u2018\u2019\u02bc", "'") | dict.fromkeys("\u201c\u201d", '"'))
 _EDGES = " \t\r\n\"'`*_.!?,;:"
 
@@ -37,11 +38,14 @@ def exact(reference: str | None, answer: str, *, case_sensitive: bool = False) -
     return ScoreValue(float(right), "equal" if right else f"{shown(answer)} is not {shown(reference)}")
 
 
-def numeric(reference: str | None, answer: str, *, relative_tolerance: float = 1e-6, pick: str = "last") -> ScoreValue:
+def numeric(
+    reference: str | None, answer: str, *, relative_tolerance: float | None = None, pick: str = "last"
+) -> ScoreValue:
     """Whether the answer's number is the reference's. A marked answer (``\\boxed{}``, ``####``) goes before ``pick``.
 
     Args:
-        relative_tolerance: largest difference, as a share of the larger number.
+        relative_tolerance: largest difference, as a share of the larger number; None is none between whole numbers, and a
+            millionth where either has decimals.
         pick: ``last``, ``first`` or ``any`` number of the answer.
     """
     if reference is None:
@@ -54,12 +58,21 @@ def numeric(reference: str | None, answer: str, *, relative_tolerance: float = 1
     if not found:
         return ScoreValue(None, "the answer has no number")
     chosen = {"last": found[-1:], "first": found[:1]}.get(pick, found)
-    verdicts = [ours.equals(theirs, relative_tolerance) for ours in wanted for theirs in chosen]
+    verdicts = [
+        ours.equals(theirs, _tolerance(ours, theirs) if relative_tolerance is None else relative_tolerance)
+        for ours in wanted
+        for theirs in chosen
+    ]
     if True in verdicts:
         return ScoreValue(1.0, "equal")
     if None in verdicts:
         return ScoreValue(None, f"the units of {shown(reference)} and of the answer differ in kind")
     return ScoreValue(0.0, f"{_number(chosen[-1])} is not {shown(reference)}")
+
+
+def _tolerance(ours: Quantity, theirs: Quantity) -> float:
+    """None between whole numbers: 10000001 is not 10000000."""
+    return 0.0 if ours.value.denominator == theirs.value.denominator == 1 else _ROUNDING
 
 
 def multiple_choice(reference: str | None, answer: str, *, letters: str = "ABCDE") -> ScoreValue:
@@ -135,6 +148,7 @@ def _trimmed(text: str, case_sensitive: bool) -> str:
 
 
 def shown(text: str) -> str:
+    """A text in one short line, quoted, for a detail."""
     line = " ".join(text.split())
     return repr(line if len(line) <= _SHOWN_CHARS else line[: _SHOWN_CHARS - 3] + "...")
 
