@@ -11,14 +11,14 @@ from distill_pipeline.scoring.numbers import Quantity, is_unit, phrases, quantit
 
 MAX_ANSWER_CHARS = 500
 
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*(\{|[^\s{$\\])")
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*(\{|[^\s{}$\\]+)")
 _BETWEEN_BOXES = re.compile(r"[\s$,;]*(?:\\text\{)?\s*(?:and|or)?\s*\}?[\s$,;]*")
 _SAID = re.compile(r"\banswers?\b[\s*_]*(?:is|are|[:=])[\s*_:]*", re.IGNORECASE)
 _REASON = re.compile(r"(?<=[^\s\d])\.\s|(?<=\d)\.(?!\d)|\n|,?\s(?:because|since|which|as|so|where|for)\s|[;?!](?:\s|$)")
 _SPAN = re.compile(r"\$\$(.+?)\$\$|(?<![\\\d])\$([^$\n]+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _GLUE = re.compile(r"\s*(?:,|and|or|,\s*and|,\s*or)\s*")
 _TAIL_CHARS = 2_000
-_UNSURE = re.compile(r"[\\^=?]|\bnot\b|\bno\b|n't\b")
+_UNSURE = re.compile(r"[\\^=?]|\b(?:not?|or|about|at least|at most|around|approximately|over|under|nearly|almost|maybe|perhaps|than)\b|n't\b")
 _BOLD = re.compile(r"(?<![\w)*])\*\*(?=\S)([^*\n]+)(?<=\S)\*\*(?![\w*])")
 _LEAD = re.compile(r"(?:so|thus|hence|therefore|then|finally)\b[,:]?\s*", re.IGNORECASE)
 
@@ -168,7 +168,7 @@ def standard_form(text: str) -> str:
     form = _WORDED.sub(lambda match: f" {_FULL_UNITS.get(match[1].strip(), match[1].strip())} ", form)
     form = re.sub(r"(?<=\d) ([mghsLl])(?=\s*$|\s*\^)", lambda match: f" {_FULL_UNITS[match[1]]}", form)
     form = _SHORT_FRAC.sub(lambda match: rf"\frac{{{match[1] or match[2]}}}{{{match[3] or match[4]}}}", form)
-    form = re.sub(r"\\sqrt\s*([0-9A-Za-z])", r"\\sqrt{\1}", form)
+    form = re.sub(r"\\sqrt\s*(\d+|[A-Za-z])", r"\\sqrt{\1}", form)
     form = _FUNCTIONS.sub(lambda match: "\\" + {"infinity": "infty"}.get(match[1], match[1]) + " ", form)
     form = re.sub(r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", form)
     return " ".join(form.split()).rstrip(" .,;:").lstrip(" ,;:")

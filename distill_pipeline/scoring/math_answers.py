@@ -66,13 +66,15 @@ def math(reference: str | None, answer: str) -> ScoreValue:
 
 def _equal(wanted: str, given: str) -> bool | None:
     """Whether two texts in standard form are the same; None where that cannot be told."""
-    if re.sub(r"\s", "", wanted) == re.sub(r"\s", "", given):
+    if _unspaced(wanted) == _unspaced(given):
         return True
     ours, theirs = as_quantity(wanted), as_quantity(given)
     if ours is not None and theirs is not None:
         return _same_quantity(ours, theirs)
     if (based := _same_based(wanted, given)) is not None:
         return based
+    if _BASE.fullmatch(given) or re.search(r"\d\s+\d", wanted + "," + given):
+        return None
     (wanted, unit), (given, other_unit) = parted_from_unit(wanted), parted_from_unit(given)
     if unit and other_unit and unit.rstrip("s") != other_unit.rstrip("s"):
         return None
@@ -88,6 +90,10 @@ def _equal(wanted: str, given: str) -> bool | None:
     return _same_algebra(wanted, given)
 
 
+def _unspaced(form: str) -> str:
+    return re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", form)
+
+
 def _plain_number(form: str) -> str:
     """A number without unit in digits alone, so that ``1e5`` is no product of letters."""
     quantity = as_quantity(form)
@@ -101,8 +107,19 @@ def _plain_number(form: str) -> str:
 
 def _same_quantity(ours: Quantity, theirs: Quantity) -> bool | None:
     """Exactly, but for a decimal that stands for a fraction whose decimals never end."""
-    endless = [q for q in (ours, theirs) if not _terminates(q.value)]
-    return ours.equals(theirs, float(_SIGNIFICANT) if len(endless) == 1 else 0.0)
+    same = ours.equals(theirs, 0.0)
+    if same is not False or _terminates(ours.value) == _terminates(theirs.value):
+        return same
+    exact, decimal = (theirs, ours) if _terminates(ours.value) else (ours, theirs)
+    return exact.is_percent == decimal.is_percent and exact.unit == decimal.unit and _stands_for(decimal.value, exact.value)
+
+
+def _stands_for(decimal: Fraction, exact: Fraction) -> bool:
+    """Whether a decimal is a number rounded or cut to its own places, with six significant digits or more."""
+    places = 0
+    while (decimal * 10**places).denominator != 1 and places < _DIGITS:
+        places += 1
+    return abs(decimal - exact) <= min(Fraction(1, 10**places), _SIGNIFICANT * abs(exact))
 
 
 def _terminates(value: Fraction) -> bool:
@@ -153,9 +170,9 @@ def _pieces(form: str) -> tuple[str, list[str]] | None:
 
 
 def _elements(form: str) -> tuple[str, list[str]] | None:
-    """The kind of a list (its brackets, ``{`` where order does not matter) and its elements; None for a single thing."""
+    """The kind of a list (its brackets, none where it stands bare) and its elements; None for a single thing."""
     form = form.replace("\\{", "{").replace("\\}", "}").strip()
-    kind = "{"
+    kind = ""
     if form[:1] in _PAIRS and _closing(form) == len(form) - 1:
         inner = form[1:-1]
         parts = _split(inner, r",")
@@ -165,7 +182,7 @@ def _elements(form: str) -> tuple[str, list[str]] | None:
         kind, form = form[0] + form[-1], form[1:-1]
     parts = _split(form, r",\s*(?:and|or)\b|,|;|\b(?:and|or)\b")
     parts = [expanded for part in parts for expanded in _both_signs(part)]
-    if len(parts) == 1 and kind == "{":
+    if len(parts) == 1 and kind in ("", "{"):
         return None
     return kind, parts
 
@@ -197,15 +214,15 @@ def _split(form: str, separator: str) -> list[str]:
 
 
 def _same_parts(ours: tuple[str, list[str]], theirs: tuple[str, list[str]]) -> bool | None:
-    """Part by part: in any order for sets, in this order and between these brackets for the rest."""
-    kind, other_kind = ours[0] or theirs[0], theirs[0] or ours[0]
+    """Part by part: in any order for sets and bare lists, in this order and between these brackets for the rest."""
+    kinds = {ours[0], theirs[0]} - {""}
     left, right = ours[1], theirs[1]
     if len(left) != len(right):
         return False
-    if kind == other_kind == "{":
+    if kinds <= {"{"}:
         return _matched(left, right)
-    if kind != other_kind and "{" not in (kind, other_kind):
-        return False
+    if len(kinds) == 2:
+        return None if "{" in kinds else False
     verdicts = [_equal(a, b) for a, b in zip(left, right, strict=True)]
     return False if False in verdicts else None if None in verdicts else True
 
@@ -256,9 +273,11 @@ def _same_number(gold: Any, stated: Any) -> bool | None:
         return None
     if ours.is_Rational and theirs.is_Rational:
         return bool(ours == theirs)
+    for decimal, exact in ((ours, theirs), (theirs, ours)):
+        if isinstance(decimal, Float):
+            return _stands_for(Fraction(str(decimal)), Fraction(str(exact.evalf(_DIGITS))))
     size = max(Abs(ours).evalf(_DIGITS), Abs(theirs).evalf(_DIGITS))
     difference = Abs(ours - theirs).evalf(_DIGITS, chop=False)
     if not (size.is_Number and difference.is_Number):
         return None
-    is_decimal = bool(ours.has(Float)) != bool(theirs.has(Float))
-    return bool(difference <= size * (_SIGNIFICANT.numerator / _SIGNIFICANT.denominator if is_decimal else 10.0**-25))
+    return bool(difference <= size * (10.0**-9 if ours.has(Float) or theirs.has(Float) else 10.0**-25))
