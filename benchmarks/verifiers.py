@@ -65,7 +65,8 @@ def judge(kind: str) -> tuple[list[Judged], float]:
         with Bench(resolve_scorer(ScorerSpec(kind=kind, options=options, timeout_seconds=TIMEOUT_SECONDS))) as bench:
             started = time.perf_counter()
             judged += [
-                Judged(row, bench.score(row["reference"], row["answer"], row.get("metadata"), row.get("prompt"))) for row in rows
+                Judged(row, bench.score(row["reference"], row["answer"], row.get("metadata"), row.get("prompt")))
+                for row in rows
             ]
             seconds += time.perf_counter() - started
     return judged, seconds
@@ -104,7 +105,9 @@ def main() -> None:
         table.append(line)
     if arguments.write:
         about = (__doc__ or "").split("\n\n", 2)[2].strip()
-        TABLE.write_text(f"# Verifiers on golden answers\n\n{arguments.machine}; {arguments.date}.\n\n" + "\n".join(table) + f"\n\n{about}\n")
+        TABLE.write_text(
+            f"# Verifiers on golden answers\n\n{arguments.machine}; {arguments.date}.\n\n" + "\n".join(table) + f"\n\n{about}\n"
+        )
 
 
 if __name__ == "__main__":

@@ -18,13 +18,17 @@ _REASON = re.compile(r"(?<=[^\s\d])\.\s|(?<=\d)\.(?!\d)|\n|,?\s(?:because|since|
 _SPAN = re.compile(r"\$\$(.+?)\$\$|(?<![\\\d])\$([^$\n]+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _GLUE = re.compile(r"\s*(?:,|and|or|,\s*and|,\s*or)\s*")
 _TAIL_CHARS = 2_000
-_UNSURE = re.compile(r"[\\^=?]|\b(?:not?|or|about|at least|at most|around|approximately|over|under|nearly|almost|maybe|perhaps|than)\b|n't\b")
+_UNSURE = re.compile(
+    r"[\\^=?]|\b(?:not?|none|neither|or|about|at least|at most|around|approximately|over|under|nearly|almost|maybe|perhaps|than)\b|n't\b"
+)
 _BOLD = re.compile(r"(?<![\w)*])\*\*(?=\S)([^*\n]+)(?<=\S)\*\*(?![\w*])")
 _LEAD = re.compile(r"(?:so|thus|hence|therefore|then|finally)\b[,:]?\s*", re.IGNORECASE)
 
 _REPLACED = {
-    "\u2212": "-", "\u2013": "-", "\u00d7": r"\times ", "\u00b7": r"\cdot ", "\u00f7": "/", "\u03c0": r"\pi ", "\u221e": r"\infty ",
-    "\u222a": r"\cup ", "\u00b0": "", "\u00b1": r"\pm ", "\u2264": r"\le ", "\u2265": r"\ge ", "\u2208": r"\in ", "\u221a": r"\sqrt",
+    "\u2212": "-", "\u2013": "-", "\u00d7": r"\times ", "\u00b7": r"\cdot ", "\u00f7": "/", "\u03c0": r"\pi ",
+    "\u221e": r"\infty ",
+    "\u222a": r"\cup ", "\u00b0": "", "\u00b1": r"\pm ", "\u2264": r"\le ", "\u2265": r"\ge ", "\u2208": r"\in ",
+    "\u221a": r"\sqrt",
     "\\dfrac": "\\frac", "\\tfrac": "\\frac", "\\cfrac": "\\frac", "\\left": "", "\\right": "", "\\displaystyle": "",
     "\\leq": "\\le", "\\geq": "\\ge", "\\!": "", "{,}": ",", "\\$": "$", "**": "^", "\\operatorname": "", "\\mathbf": "",
     "\\approx": "", "\\lbrace": "\\{", "\\rbrace": "\\}", "\\\\{": "\\{", "\\div": "/", "\\quad": " ", "\\ldotp": ".",
@@ -34,7 +38,9 @@ _FULL_UNITS = {"m": "meters", "s": "seconds", "g": "grams", "h": "hours", "l": "
 _WORDED = re.compile(r"\\(?:text|mathrm|textrm|textbf|mbox|rm|textit|mathit)\s*\{([^{}]*)\}")
 _SHORT_FRAC = re.compile(r"\\frac\s*(?:(\d)|\{([^{}]*)\})\s*(?:(\d)|\{([^{}]*)\})")
 _PLAIN_FRAC = re.compile(r"\\frac\{(\d+)\}\{(\d+)\}")
-_FUNCTIONS = re.compile(r"(?<![\\A-Za-z])(sqrt|sin|cos|tan|cot|sec|csc|ln|log|exp|pi|infty|infinity|arcsin|arccos|arctan)(?![A-Za-z])")
+_FUNCTIONS = re.compile(
+    r"(?<![\\A-Za-z])(sqrt|sin|cos|tan|cot|sec|csc|ln|log|exp|pi|infty|infinity|arcsin|arccos|arctan)(?![A-Za-z])"
+)
 _PLAIN = re.compile(
     r"[-+]?\s?[$\u20ac\u00a3\u00a5]?\s?[-+]?\s?[\d.,'\u00a0\u2009\u202f]*(?:\d|\s\d)(?:\s?\d+)?(?:\.\d*)?(?:\s?/\s?\d+|\s\d+\s?/\s?\d+)?"
     r"(?:[eE][-+]?\d{1,3}|\s?(?:\\times|\\cdot|x|\*)\s?10\s?\^\s?\{?-?\d{1,3}\}?)?\s?(?:\\?%)?"
@@ -43,7 +49,9 @@ _PLAIN = re.compile(
 _TRAILING_UNIT = re.compile(
     r"\s+(?:(?:square|cubic|sq)\.?\s+)?(?:(?P<known>units?)|(?P<word>[A-Za-z]{2,12}))\s*(?:\^\s*\{?[23]\}?)?$"
 )
-_NO_UNIT = re.compile(r"\b(?:squared|cubed|factorial|choose|half|halves|thirds?|fourths?|times|plus|minus|or|and|to|of|than|not|mod|base)\b")
+_NO_UNIT = re.compile(
+    r"\b(?:squared|cubed|factorial|choose|half|halves|thirds?|fourths?|times|plus|minus|or|and|to|of|than|not|mod|base)\b"
+)
 
 
 def final_answer(text: str) -> str | None:
@@ -124,7 +132,9 @@ def _spans(after: str, first: re.Match[str]) -> str | None:
     rest = re.split(r"\n\s*\n", after[end:])[0]
     unit = re.match(r"\s*([A-Za-z]{2,12}|\\?%)(?=[\s.,!]|$)", rest)
     known = unit is not None and len(found) == 1 and bool(quantities(f"1 {unit[1]}")[0].unit or "%" in unit[1])
-    return None if _SPAN.search(rest) or re.search(r"\d", rest) else ", ".join(found) + (f" {unit[1]}" if unit and known else "")
+    return (
+        None if _SPAN.search(rest) or re.search(r"\d", rest) else ", ".join(found) + (f" {unit[1]}" if unit and known else "")
+    )
 
 
 def _inner(span: re.Match[str]) -> str:
@@ -164,6 +174,8 @@ def standard_form(text: str) -> str:
     form = re.sub(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)|\\degree\b|\bdegrees?\b", "", form)
     form = re.sub(r"(?<=\d)\\[,; ](?=\d{3}(?!\d))", "", form)
     form = re.sub(r"(?<!\\)\\[,;: ]|~", " ", form)
+    if re.fullmatch(r"\d{1,3}(?: \d{3})+", form):
+        form = form.replace(" ", "")
     form = re.sub(r"\\(begin|end)\{[bB]matrix\}", r"\\\1{pmatrix}", form)
     form = _WORDED.sub(lambda match: f" {_FULL_UNITS.get(match[1].strip(), match[1].strip())} ", form)
     form = re.sub(r"(?<=\d) ([mghsLl])(?=\s*$|\s*\^)", lambda match: f" {_FULL_UNITS[match[1]]}", form)
@@ -208,7 +220,9 @@ def is_expression(form: str) -> bool:
     if as_quantity(form) is not None:
         return True
     rest = re.sub(r"\\(?:begin|end)\{\w+\}|\\[A-Za-z]+|\b(?:and|or)\b", " ", form)
-    return not re.search(r"[A-Za-z]{3}|\?|(?<![\d)])!|(?<![A-Za-z])(?!or\b)[A-Za-z]{2} ", rest) and bool(re.search(r"[\dA-Za-z]", form))
+    return not re.search(r"[A-Za-z]{3}|\?|(?<![\d)])!|(?<![A-Za-z])(?!or\b)[A-Za-z]{2} ", rest) and bool(
+        re.search(r"[\dA-Za-z]", form)
+    )
 
 
 def words_of(form: str) -> str:

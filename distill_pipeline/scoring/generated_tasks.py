@@ -21,7 +21,9 @@ from distill_pipeline.scoring.sandbox import SandboxError, confine
 
 _MEMORY_MB = 4096
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
-_SAID = re.compile(r"\s*(?:\*\*)?(?:the |my )?(?:final )?answer(?: is)?\s*:?(?:\*\*)?\s*:?\s*(?P<stated>\S.*?)\.?\s*", re.IGNORECASE)
+_SAID = re.compile(
+    r"\s*(?:\*\*)?(?:the |my )?(?:final )?answer(?: is)?\s*:?(?:\*\*)?\s*:?\s*(?P<stated>\S.*?)\.?\s*", re.IGNORECASE
+)
 
 
 def require_reasoning_gym() -> None:

@@ -29,7 +29,9 @@ from distill_pipeline.scoring.scorers import NO_REFERENCE, shown
 _SIGNIFICANT = Fraction(1, 10**6)
 _DIGITS = 30
 _TOO_LARGE = re.compile(r"\^\s*\{?[-(\s]*(?:\d{4,}|[^{}^]*\^)|\d{4,}\s*\)?\s*!|!\s*\)?\s*!|\^\s*\{[^{}]*\{|\d\s*\^[^,]*\d\s*!")
-_ASSIGNED = re.compile(r"\s*(?P<name>[A-Za-z](?:_\{?\w+\}?)?(?:\([A-Za-z](?:,\s*[A-Za-z])*\))?)\s*(?:=|\\in\b)(?!=)\s*(?P<value>.+)")
+_ASSIGNED = re.compile(
+    r"\s*(?P<name>[A-Za-z](?:_\{?\w+\}?)?(?:\([A-Za-z](?:,\s*[A-Za-z])*\))?)\s*(?:=|\\in\b)(?!=)\s*(?P<value>.+)"
+)
 _BASE = re.compile(r"(?P<digits>[0-9A-F]+)\s*_\s*\{?(?P<base>\d+)\}?")
 _PAIRS = {"(": ")", "[": "]", "{": "}"}
 
@@ -39,7 +41,9 @@ def require_math_verify() -> None:
     try:
         import math_verify  # noqa: F401
     except ImportError as err:
-        raise ConfigError(f"it needs the package math-verify ({err}). Install it: pip install 'distill-pipeline[scorers]'") from err
+        raise ConfigError(
+            f"it needs the package math-verify ({err}). Install it: pip install 'distill-pipeline[scorers]'"
+        ) from err
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off, which they are to be
     _same_algebra("x^2 - 1", "(x - 1)(x + 1)")  # loads what the first row would wait for
 
@@ -73,7 +77,7 @@ def _equal(wanted: str, given: str) -> bool | None:
         return _same_quantity(ours, theirs)
     if (based := _same_based(wanted, given)) is not None:
         return based
-    if _BASE.fullmatch(given) or re.search(r"\d\s+\d", wanted + "," + given):
+    if _BASE.fullmatch(given) or re.search(r"(?<![_\d])\d+\s+\d", wanted + "," + given):
         return None
     (wanted, unit), (given, other_unit) = parted_from_unit(wanted), parted_from_unit(given)
     if unit and other_unit and unit.rstrip("s") != other_unit.rstrip("s"):
@@ -206,7 +210,11 @@ def _split(form: str, separator: str) -> list[str]:
     for match in re.finditer(rf"(?P<cut>{separator})|(?P<up>[(\[{{])|(?P<down>[)\]}}])", form):
         depth += bool(match["up"]) - bool(match["down"])
         if match["cut"] and depth == 0:
-            if match["cut"] == "," and re.search(r"(?<!\d)\d{1,3}$", form[start : match.start()]) and re.match(r"\d{3}(?!\d)", form[match.end() :]):
+            if (
+                match["cut"] == ","
+                and re.search(r"(?<!\d)\d{1,3}$", form[start : match.start()])
+                and re.match(r"\d{3}(?!\d)", form[match.end() :])
+            ):
                 continue
             parts.append(form[start : match.start()].strip())
             start = match.end()
@@ -257,7 +265,10 @@ def _parsed(form: str) -> Any:
     from math_verify import LatexExtractionConfig, parse
 
     found = parse(
-        rf"$\boxed{{{form}}}$", [LatexExtractionConfig(boxed_match_priority=0)], fallback_mode="no_fallback", parsing_timeout=None
+        rf"$\boxed{{{form}}}$",
+        [LatexExtractionConfig(boxed_match_priority=0)],
+        fallback_mode="no_fallback",
+        parsing_timeout=None,
     )
     return found[0] if found else None
 

@@ -35,7 +35,9 @@ for _case in [{names}]:
 def require_sandbox() -> None:
     """Raises ConfigError where untrusted code cannot be kept apart; the message says what to do."""
     if sys.platform != "linux":
-        raise ConfigError("it runs programs that a model wrote, and can keep them apart on Linux only. Score on a Linux machine.")
+        raise ConfigError(
+            "it runs programs that a model wrote, and can keep them apart on Linux only. Score on a Linux machine."
+        )
     try:
         ending = run_isolated(_program(), _request("", "assert True"), Limits(wall_seconds=30.0))
     except (SandboxError, OSError) as err:
@@ -89,7 +91,10 @@ def code_of(answer: str, entry_point: str | None = None) -> str:
         return answer
     listed = [text for label, text in blocks if label.lower() in _PYTHON] or [text for _, text in blocks]
     if entry_point:
-        listed = [text for text in listed if re.search(rf"\b{re.escape(entry_point)}\b\s*[(=]", text)] or listed
+        name = re.escape(entry_point)
+        listed = [
+            text for text in listed if re.search(rf"\b(?:def|class)\s+{name}\b|^{name}\s*=", text, re.MULTILINE)
+        ] or listed
     return str(listed[-1])
 
 

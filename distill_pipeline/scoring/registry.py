@@ -64,12 +64,19 @@ BUILT_INS: Mapping[str, BuiltIn] = {
     "multiple_choice": BuiltIn("multiple_choice", "1", {"letters": str}),
     "numeric": BuiltIn("numeric", "2", {"relative_tolerance": (int, float), "pick": str}),
     "python_tests": BuiltIn(
-        "python_tests", "1",
+        "python_tests",
+        "1",
         {"cpu_seconds": int, "wall_seconds": (int, float), "memory_mb": int, "max_processes": int},
-        is_isolated=True, module="python_tests", start="require_sandbox",
+        is_isolated=True,
+        module="python_tests",
+        start="require_sandbox",
     ),
     "reasoning_gym": BuiltIn(
-        "reasoning_gym", "1", {"threshold": (int, float)}, is_isolated=True, module="generated_tasks",
+        "reasoning_gym",
+        "1",
+        {"threshold": (int, float)},
+        is_isolated=True,
+        module="generated_tasks",
         start="require_reasoning_gym",
     ),
     "regex": BuiltIn(
@@ -132,7 +139,9 @@ def _value_fault(kind: str, options: Mapping[str, Any]) -> str | None:
     if kind == "multiple_choice" and not re.fullmatch(r"[A-Z]{2,26}", options.get("letters", "AB")):
         return f"multiple_choice needs letters such as ABCD, not {options['letters']!r}"
     if kind == "python_tests":
-        low = next((name for name in ("cpu_seconds", "wall_seconds", "memory_mb", "max_processes") if options.get(name, 1) <= 0), None)
+        low = next(
+            (name for name in ("cpu_seconds", "wall_seconds", "memory_mb", "max_processes") if options.get(name, 1) <= 0), None
+        )
         return low and f"python_tests needs a {low} above 0, not {options[low]!r}"
     if kind == "reasoning_gym" and not 0 < options.get("threshold", 1) <= 1:
         return f"reasoning_gym needs a threshold in (0, 1], not {options['threshold']!r}"

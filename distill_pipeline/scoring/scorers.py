@@ -38,9 +38,7 @@ def exact(reference: str | None, answer: str, *, case_sensitive: bool = False) -
     return ScoreValue(float(right), "equal" if right else f"{shown(answer)} is not {shown(reference)}")
 
 
-def numeric(
-    reference: str | None, answer: str, *, relative_tolerance: float | None = None, pick: str = "last"
-) -> ScoreValue:
+def numeric(reference: str | None, answer: str, *, relative_tolerance: float | None = None, pick: str = "last") -> ScoreValue:
     """Whether the answer's number is the reference's. A marked answer (``\\boxed{}``, ``####``) goes before ``pick``.
 
     Args:

@@ -13,7 +13,8 @@ from distill_pipeline.scoring.spec import ScorerSpec
 def test_an_unknown_scorer_names_the_known_ones() -> None:
     fault = scorer_fault("contains", {})
     assert fault == (
-        "unknown scorer 'contains'; known: contains_answer, exact, multiple_choice, numeric, regex; "
+        "unknown scorer 'contains'; known: contains_answer, exact, json_schema, math, multiple_choice, numeric, "
+        "python_tests, reasoning_gym, regex; "
         "your own is written package.module:function"
     )
 
