@@ -19,7 +19,8 @@ _SPAN = re.compile(r"\$\$(.+?)\$\$|(?<![\\\d])\$([^$\n]+?)\$|\\\((.+?)\\\)|\\\[(
 _GLUE = re.compile(r"\s*(?:,|and|or|,\s*and|,\s*or)\s*")
 _TAIL_CHARS = 2_000
 _UNSURE = re.compile(
-    r"[\\^=?]|\b(?:not?|none|neither|or|about|at least|at most|around|approximately|over|under|nearly|almost|maybe|perhaps|than)\b|n't\b"
+    r"[\\^=?]|n't\b|\b(?:not?|none|neither|or|than|maybe|perhaps)\b|"
+    r"\b(?:about|at least|at most|around|approximately|over|under|nearly|almost)\b"
 )
 _BOLD = re.compile(r"(?<![\w)*])\*\*(?=\S)([^*\n]+)(?<=\S)\*\*(?![\w*])")
 _LEAD = re.compile(r"(?:so|thus|hence|therefore|then|finally)\b[,:]?\s*", re.IGNORECASE)

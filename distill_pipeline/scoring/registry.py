@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from distill_pipeline.errors import ConfigError
+from distill_pipeline.scoring.schemas import require_jsonschema, schema_fault
 from distill_pipeline.scoring.spec import ScorerSpec
 
 SCORING = "distill_pipeline.scoring"
@@ -37,7 +38,7 @@ class ScoreValue:
 class BuiltIn:
     """What a built-in kind is called and takes. Raise ``version`` when it would score some answer otherwise.
 
-    ``module`` is one of this package. ``start`` names a function of it that a worker calls once before the first row; it
+    ``module`` is one of this package. ``start`` is ``module:function`` of it: a worker calls it before the first row, and it
     raises ConfigError where the scorer cannot work on this machine.
     """
 
@@ -58,9 +59,9 @@ BUILT_INS: Mapping[str, BuiltIn] = {
     "contains_answer": BuiltIn("contains_answer", "1"),
     "exact": BuiltIn("exact", "1", {"case_sensitive": bool}),
     "json_schema": BuiltIn(
-        "json_schema", "1", {"schema": (dict, str)}, is_isolated=True, module="json_answers", start="require_jsonschema"
+        "json_schema", "1", {"schema": (dict, str)}, is_isolated=True, module="json_answers", start="schemas:require_jsonschema"
     ),
-    "math": BuiltIn("math", "1", is_isolated=True, module="math_answers", start="require_math_verify"),
+    "math": BuiltIn("math", "1", is_isolated=True, module="math_answers", start="math_answers:require_math_verify"),
     "multiple_choice": BuiltIn("multiple_choice", "1", {"letters": str}),
     "numeric": BuiltIn("numeric", "2", {"relative_tolerance": (int, float), "pick": str}),
     "python_tests": BuiltIn(
@@ -69,7 +70,7 @@ BUILT_INS: Mapping[str, BuiltIn] = {
         {"cpu_seconds": int, "wall_seconds": (int, float), "memory_mb": int, "max_processes": int},
         is_isolated=True,
         module="python_tests",
-        start="require_sandbox",
+        start="python_tests:require_sandbox",
     ),
     "reasoning_gym": BuiltIn(
         "reasoning_gym",
@@ -77,7 +78,7 @@ BUILT_INS: Mapping[str, BuiltIn] = {
         {"threshold": (int, float)},
         is_isolated=True,
         module="generated_tasks",
-        start="require_reasoning_gym",
+        start="generated_tasks:require_reasoning_gym",
     ),
     "regex": BuiltIn(
         "regex", "1", {"pattern": str, "group": int, "ignore_case": bool}, frozenset({"pattern"}), is_isolated=True
@@ -159,8 +160,6 @@ def _value_fault(kind: str, options: Mapping[str, Any]) -> str | None:
 
 def _schema_fault(schema: Mapping[str, Any] | str) -> str | None:
     """What is wrong with a schema, written in the experiment or in a file it names."""
-    from distill_pipeline.scoring.json_answers import require_jsonschema, schema_fault
-
     try:
         require_jsonschema()
         text = Path(schema).read_text("utf-8") if isinstance(schema, str) else json.dumps(schema)
@@ -184,7 +183,7 @@ def resolve_scorer(spec: ScorerSpec) -> Scorer:
         raise ConfigError(f"scorers: {fault}")
     if ":" not in spec.kind:
         built_in = BUILT_INS[spec.kind]
-        start = built_in.start and f"{SCORING}.{built_in.module}:{built_in.start}"
+        start = built_in.start and f"{SCORING}.{built_in.start}"
         options, version = dict(spec.options), built_in.version
         if spec.kind == "json_schema" and isinstance(options.get("schema"), str):
             text = Path(options["schema"]).read_text("utf-8")

@@ -113,8 +113,8 @@ def test_a_program_cannot_reach_a_server_of_this_machine() -> None:
 
 
 def test_what_a_program_leaves_running_ends_with_it() -> None:
-    marker = f"left_{os.getpid()}"
-    (value,) = judged(f"import os\nif os.fork() == 0:\n    os.setsid()\n    name = '{marker}'\n    while True: pass\n" + GOOD)
+    marker = "What runs inside the sandbox"
+    (value,) = judged("import os\nif os.fork() == 0:\n    os.setsid()\n    while True: pass\n" + GOOD)
     assert value.score == 1.0
     assert not [pid for pid in Path("/proc").iterdir() if pid.name.isdigit() and marker in command(pid)]
 
