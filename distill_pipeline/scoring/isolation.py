@@ -12,13 +12,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
 from distill_pipeline.errors import ConfigError
 from distill_pipeline.scoring.registry import Scorer, ScoreValue
+from distill_pipeline.scoring.worker import extras_of
 
 _START_SECONDS = 60.0
 _MAX_REPLY_BYTES = 1 << 20
@@ -39,10 +40,11 @@ class Bench:
         self.scorer = scorer
         self._function: Callable[..., ScoreValue] | None = None
         self._worker: _Worker | None = None
+        self._extras: frozenset[str] = frozenset()
         self._row = 0
 
     def __enter__(self) -> "Bench":
-        """Raises ConfigError when the scorer's module or function cannot be loaded at all."""
+        """Raises ConfigError when the scorer cannot be loaded at all, or refuses to work on this machine."""
         if self.scorer.is_isolated:
             try:
                 self._worker = _Worker(self.scorer)
@@ -52,21 +54,32 @@ class Bench:
                 ) from err
         else:
             self._function = self.scorer.function()
+            self._extras = extras_of(self._function)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._worker is not None:
             self._worker.kill()
 
-    def score(self, reference: str | None, answer: str) -> ScoreValue:
-        """One row's score. Never raises on account of the scorer."""
+    def score(
+        self, reference: str | None, answer: str, metadata: Mapping[str, Any] | None = None, prompt: str | None = None
+    ) -> ScoreValue:
+        """One row's score. Never raises on account of the scorer.
+
+        Args:
+            metadata: the prompt's other columns; None is none. Given to scorers that have a parameter of this name.
+            prompt: the last user message, for scorers that have a parameter of this name.
+        """
+        extras = {"metadata": dict(metadata or {}), "prompt": prompt}
         if self._function is not None:
-            return self._function(reference, answer, **self.scorer.options)
+            given = {name: extras[name] for name in self._extras}
+            return self._function(reference, answer, **given, **self.scorer.options)
         self._row += 1
         request = {"row": self._row, "reference": reference, "answer": answer, "options": dict(self.scorer.options)}
         try:
             if self._worker is None:
                 self._worker = _Worker(self.scorer)
+            request |= {name: extras[name] for name in self._worker.extras}
             reply = self._worker.ask(request, self.scorer.timeout_seconds)
             if reply.get("row") != self._row:
                 raise _Gone("it answered something else")
@@ -98,15 +111,19 @@ class _Worker:
         self._read = b""
         try:
             setup = {
-                "target": scorer.target, "search_path": list(scorer.search_path), "timeout_seconds": scorer.timeout_seconds,
+                "target": scorer.target, "start": scorer.start, "search_path": list(scorer.search_path),
+                "timeout_seconds": scorer.timeout_seconds,
             }  # fmt: skip
             reply = self.ask(setup, _START_SECONDS)
         except BaseException:
             self.kill()
             raise
-        if "error" in reply:
+        if "ready" not in reply:
             self.kill()
-            raise _Gone(reply["error"])
+            if "refusal" in reply:
+                raise ConfigError(f"scorers: {scorer.kind} cannot be used: {reply['refusal']}")
+            raise _Gone(reply.get("error", "it answered something else"))
+        self.extras: list[str] = reply["extras"]
 
     def ask(self, request: dict[str, Any], timeout_seconds: float) -> dict[str, Any]:
         """Send one line and wait for one. Raises _Late or _Gone."""

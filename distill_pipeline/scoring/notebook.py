@@ -16,8 +16,9 @@ def notebook_rows(rows: Iterable[Mapping[str, Any]]) -> list[AnswerRow]:
     """Rows with what the mappings say, and with defaults for the rest."""
     found = []
     for number, row in enumerate(rows):
-        messages = row.get("messages") or [{"role": "user", "content": row.get("prompt", "")}]
-        metadata = row.get("metadata", {})
+        prompt = row.get("prompt")
+        messages = row.get("messages") or ([] if prompt is None else [{"role": "user", "content": prompt}])
+        metadata = row.get("metadata") or {}
         found.append(
             AnswerRow(
                 completion_id=str(row.get("completion_id", number)), prompt_id=prompt_id(messages), domain="",

@@ -27,7 +27,7 @@ _WORDS = {
     "nineteen": 19, "twenty": 20,
 }  # fmt: skip
 _IN_WORDS = re.compile(rf"\b(?:{'|'.join(_WORDS)})\b", re.IGNORECASE)
-_MAGNITUDES = {"thousand": 10**3, "k": 10**3, "million": 10**6, "billion": 10**9, "bn": 10**9, "trillion": 10**12}
+_MAGNITUDES = {"dozen": 12, "thousand": 10**3, "k": 10**3, "million": 10**6, "billion": 10**9, "bn": 10**9, "trillion": 10**12}
 _UNITS: dict[str, tuple[str, Fraction]] = {
     name: (quantity, Fraction(factor))
     for quantity, listed in {
@@ -44,10 +44,16 @@ _UNITS: dict[str, tuple[str, Fraction]] = {
             "day": "86400", "week": "604800",
         },
         "volume": {"ml": "0.001", "milliliter": "0.001", "l": "1", "liter": "1", "litre": "1"},
-        "money": {"cent": "0.01", "dollar": "1", "euro": "1"},
+        "dollars": {"cent": "0.01", "dollar": "1"},
+        "euros": {"euro": "1"},
+        "pounds": {"pound": "1"},
+        "yen": {"yen": "1"},
     }.items()
     for name, factor in listed.items()
 }  # fmt: skip
+
+
+_CURRENCIES = {"$": "dollar", "\u20ac": "euro", "\u00a3": "pound", "\u00a5": "yen"}
 
 
 @dataclass(frozen=True)
@@ -88,6 +94,19 @@ def quantities(text: str) -> list[Quantity]:
     return found or [Quantity(Fraction(_WORDS[match.group().lower()])) for match in _IN_WORDS.finditer(plain)]
 
 
+def phrases(text: str) -> list[str]:
+    """The numbers of a text as they stand there, each with the percent sign or the word behind it."""
+    plain = _plain(text)
+    found = [match for match in _NUMBER.finditer(plain) if _quantity(match, plain) is not None]
+    ends = [after.end() if (after := _AFTER.match(plain, match.end())) else match.end() for match in found]
+    return [plain[match.start() : end].strip() for match, end in zip(found, ends, strict=True)]
+
+
+def is_unit(word: str) -> bool:
+    """Whether a word is the name of a unit, in the singular or plural."""
+    return _unit(word.lower()) is not None
+
+
 def final_part(text: str) -> str | None:
     """What a text marks as its answer: the last ``\\boxed{...}``, else what follows the last ``####``; None if neither."""
     start = text.rfind(_BOXED)
@@ -103,7 +122,7 @@ def final_part(text: str) -> str | None:
 
 def _plain(text: str) -> str:
     """One form of digits, signs and fractions. A vulgar fraction is set apart, so that 1½ does not become 11/2."""
-    plain = _SEPARATOR.sub("", text)
+    plain = _SEPARATOR.sub("", text.replace("{,}", ","))
     if not plain.isascii():
         parted = (f" {c}" if unicodedata.decomposition(c).startswith("<fraction>") else c for c in plain)
         plain = unicodedata.normalize("NFKC", "".join(parted)).translate(_MINUS)
@@ -124,5 +143,9 @@ def _quantity(match: re.Match[str], text: str) -> Quantity | None:
     after = _AFTER.match(text, match.end())
     word = (after["word"] or "").lower() if after else ""
     value *= _MAGNITUDES.get(word, 1)
-    unit = next((name for name in (word, word.removesuffix("s"), word.removesuffix("es")) if name in _UNITS), None)
+    unit = _unit(word) or _CURRENCIES.get(match.group().lstrip("+- ")[:1])
     return Quantity(-value if "-" in sign else value, bool(after and after["percent"]), unit)
+
+
+def _unit(word: str) -> str | None:
+    return next((name for name in (word, word.removesuffix("s"), word.removesuffix("es")) if name in _UNITS), None)

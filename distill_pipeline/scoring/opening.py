@@ -1,5 +1,6 @@
 """From the scorers of an experiment to objects that score rows."""
 
+import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from importlib import import_module
@@ -31,7 +32,10 @@ class RowScorer(OpenedScorer):
         self._bench.__exit__(kind, error, trace)
 
     def score(self, rows: Sequence[AnswerRow]) -> list[ScoreValue]:
-        return [self._bench.score(row.reference, row.answer) for row in rows]
+        return [
+            self._bench.score(row.reference, row.answer, metadata=json.loads(row.metadata), prompt=row.last_user_message)
+            for row in rows
+        ]
 
 
 def open_scorer(spec: ScorerSpec, context: ScoringContext) -> OpenedScorer:

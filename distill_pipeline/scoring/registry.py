@@ -1,11 +1,13 @@
 """The scorers an experiment can name, without loading what they need: checking an experiment file stays fast.
 
-Most scorers are pure functions ``(reference, answer, **options)`` of one row; a user's own is written
-``package.module:function`` and always runs in a process that can be killed. Those that read all answers of a prompt, or ask a
+Most scorers are pure functions ``(reference, answer, **options)`` of one row. One that has a parameter ``metadata`` is also
+given the prompt's other columns, and one with a parameter ``prompt`` the last user message. A user's own is written
+``package.module:function`` and always runs in a process that can be killed. Scorers that read all answers of a prompt, or ask a
 model, are classes that score many rows at once.
 """
 
 import hashlib
+import json
 import os
 import re
 import sys
@@ -18,6 +20,7 @@ from typing import Any
 
 from distill_pipeline.errors import ConfigError
 from distill_pipeline.scoring import rubrics
+from distill_pipeline.scoring.schemas import require_jsonschema, schema_fault
 from distill_pipeline.scoring.spec import ScorerSpec
 
 SCORING = "distill_pipeline.scoring"
@@ -42,7 +45,8 @@ class BuiltIn:
     """What a built-in kind is called and takes. Raise ``version`` when it would score some answer otherwise.
 
     ``module`` is one of this package; ``function`` scores one row, or where it is no ``is_row_function`` is the class of a
-    scorer of many rows at once.
+    scorer of many rows at once. ``start`` is ``module:function`` of it: a worker calls it before the first row, and it raises
+    ConfigError where the scorer cannot work on this machine.
     """
 
     function: str
@@ -53,6 +57,7 @@ class BuiltIn:
     module: str = "scorers"
     is_row_function: bool = True
     uses_model: bool = False
+    start: str | None = None
 
     @property
     def target(self) -> str:
@@ -62,8 +67,28 @@ class BuiltIn:
 BUILT_INS: Mapping[str, BuiltIn] = {
     "contains_answer": BuiltIn("contains_answer", "1"),
     "exact": BuiltIn("exact", "1", {"case_sensitive": bool}),
+    "json_schema": BuiltIn(
+        "json_schema", "1", {"schema": (dict, str)}, is_isolated=True, module="json_answers", start="schemas:require_jsonschema"
+    ),
+    "math": BuiltIn("math", "1", is_isolated=True, module="math_answers", start="math_answers:require_math_verify"),
     "multiple_choice": BuiltIn("multiple_choice", "1", {"letters": str}),
-    "numeric": BuiltIn("numeric", "1", {"relative_tolerance": (int, float), "pick": str}),
+    "numeric": BuiltIn("numeric", "2", {"relative_tolerance": (int, float), "pick": str}),
+    "python_tests": BuiltIn(
+        "python_tests",
+        "1",
+        {"cpu_seconds": int, "wall_seconds": (int, float), "memory_mb": int, "max_processes": int},
+        is_isolated=True,
+        module="python_tests",
+        start="python_tests:require_sandbox",
+    ),
+    "reasoning_gym": BuiltIn(
+        "reasoning_gym",
+        "1",
+        {"threshold": (int, float)},
+        is_isolated=True,
+        module="generated_tasks",
+        start="generated_tasks:require_reasoning_gym",
+    ),
     "regex": BuiltIn(
         "regex", "1", {"pattern": str, "group": int, "ignore_case": bool}, frozenset({"pattern"}), is_isolated=True
     ),
@@ -82,12 +107,13 @@ BUILT_INS: Mapping[str, BuiltIn] = {
         module="judge", is_row_function=False, uses_model=True,
     ),
 }  # fmt: skip
-"""Built-in kinds. Those that run a user's pattern are isolated: a pattern can take for ever on some answers."""
+"""Built-in kinds. Those that can hang or crash on some answer are isolated: patterns, algebra, schemas, programs."""
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """A scorer ready to be used. ``target`` is ``module:function``; ``is_isolated`` asks for a process of its own."""
+    """A scorer ready to be used. ``target`` is ``module:function``, and so is ``start`` (what to call before the first row);
+    ``is_isolated`` asks for a process of its own."""
 
     kind: str
     version: str
@@ -96,6 +122,7 @@ class Scorer:
     timeout_seconds: float
     is_isolated: bool
     search_path: tuple[str, ...] = ()
+    start: str | None = None
 
     @property
     def is_row_function(self) -> bool:
@@ -140,6 +167,15 @@ def _value_fault(kind: str, options: Mapping[str, Any]) -> str | None:
         return f"numeric needs a relative_tolerance in [0, 1), not {options['relative_tolerance']!r}"
     if kind == "multiple_choice" and not re.fullmatch(r"[A-Z]{2,26}", options.get("letters", "AB")):
         return f"multiple_choice needs letters such as ABCD, not {options['letters']!r}"
+    if kind == "python_tests":
+        low = next(
+            (name for name in ("cpu_seconds", "wall_seconds", "memory_mb", "max_processes") if options.get(name, 1) <= 0), None
+        )
+        return low and f"python_tests needs a {low} above 0, not {options[low]!r}"
+    if kind == "reasoning_gym" and not 0 < options.get("threshold", 1) <= 1:
+        return f"reasoning_gym needs a threshold in (0, 1], not {options['threshold']!r}"
+    if kind == "json_schema" and "schema" in options:
+        return _schema_fault(options["schema"])
     if kind == "regex":
         try:
             groups = re.compile(options["pattern"]).groups
@@ -168,6 +204,20 @@ def _batch_fault(kind: str, options: Mapping[str, Any]) -> str | None:
     return rubrics.judge_fault(options) if kind == "judge" else None
 
 
+def _schema_fault(schema: Mapping[str, Any] | str) -> str | None:
+    """What is wrong with a schema, written in the experiment or in a file it names."""
+    try:
+        require_jsonschema()
+        text = Path(schema).read_text("utf-8") if isinstance(schema, str) else json.dumps(schema)
+        json.loads(text)
+    except ConfigError as err:
+        return f"json_schema cannot be used: {err}"
+    except (OSError, ValueError, TypeError) as err:
+        return f"json_schema cannot read the schema {str(schema)[:80]!r}: {err}"
+    fault = schema_fault(text)
+    return fault and f"json_schema cannot use the schema: {fault}"
+
+
 def resolve_scorer(spec: ScorerSpec) -> Scorer:
     """A scorer from its part of the experiment.
 
@@ -179,10 +229,15 @@ def resolve_scorer(spec: ScorerSpec) -> Scorer:
         raise ConfigError(f"scorers: {fault}")
     if ":" not in spec.kind:
         built_in = BUILT_INS[spec.kind]
-        version = built_in.version
+        start = built_in.start and f"{SCORING}.{built_in.start}"
+        options, version = dict(spec.options), built_in.version
+        if spec.kind == "json_schema" and isinstance(options.get("schema"), str):
+            text = Path(options["schema"]).read_text("utf-8")
+            options["schema"] = json.loads(text)
+            version += "-" + hashlib.sha256(text.encode()).hexdigest()[:16]
         if spec.kind == "majority_vote":
             version = f"{version}.{resolve_scorer(equality_of(spec)).version}"
-        return Scorer(spec.kind, version, built_in.target, spec.options, spec.timeout_seconds, built_in.is_isolated)
+        return Scorer(spec.kind, version, built_in.target, options, spec.timeout_seconds, built_in.is_isolated, start=start)
     search_path = tuple(dict.fromkeys([*filter(None, sys.path), os.getcwd()]))
     file = _module_file(spec.kind.split(":")[0], search_path)
     version = hashlib.sha256(file.read_bytes()).hexdigest()[:16]

@@ -39,6 +39,12 @@ class AnswerRow:
         """Whether the teacher gave no answer at all."""
         return self.finish_reason == "error"
 
+    @property
+    def last_user_message(self) -> str | None:
+        """What the user said last, or None."""
+        said = [message["content"] for message in self.messages if message["role"] == "user"]
+        return said[-1] if said else None
+
     @cached_property
     def content_key(self) -> str:
         """A hash of all that a function of one row can depend on: prompt, reference, metadata and answer."""

@@ -14,6 +14,7 @@ from distill_pipeline.scoring.text import ALTERNATIVES_SEPARATOR, contains_phras
 NO_REFERENCE = ScoreValue(None, "the prompt has no reference")
 
 _SHOWN_CHARS = 80
+_ROUNDING = 1e-6
 _QUOTES = str.maketrans(dict.fromkeys("\u2018\u2019\u02bc", "'") | dict.fromkeys("\u201c\u201d", '"'))
 _EDGES = " \t\r\n\"'`*_.!?,;:"
 
@@ -23,9 +24,9 @@ def contains_answer(reference: str | None, answer: str) -> ScoreValue:
     if reference is None:
         return NO_REFERENCE
     if not normalize_words(reference):
-        return ScoreValue(None, f"the reference {_shown(reference)} has no word to look for")
+        return ScoreValue(None, f"the reference {shown(reference)} has no word to look for")
     found = contains_phrase(answer, reference)
-    return ScoreValue(float(found), "found" if found else f"not found: {_shown(reference)}")
+    return ScoreValue(float(found), "found" if found else f"not found: {shown(reference)}")
 
 
 def exact(reference: str | None, answer: str, *, case_sensitive: bool = False) -> ScoreValue:
@@ -34,32 +35,42 @@ def exact(reference: str | None, answer: str, *, case_sensitive: bool = False) -
         return NO_REFERENCE
     given = _trimmed(answer, case_sensitive)
     right = given in {_trimmed(part, case_sensitive) for part in reference.split(ALTERNATIVES_SEPARATOR)} - {""}
-    return ScoreValue(float(right), "equal" if right else f"{_shown(answer)} is not {_shown(reference)}")
+    return ScoreValue(float(right), "equal" if right else f"{shown(answer)} is not {shown(reference)}")
 
 
-def numeric(reference: str | None, answer: str, *, relative_tolerance: float = 1e-6, pick: str = "last") -> ScoreValue:
+def numeric(reference: str | None, answer: str, *, relative_tolerance: float | None = None, pick: str = "last") -> ScoreValue:
     """Whether the answer's number is the reference's. A marked answer (``\\boxed{}``, ``####``) goes before ``pick``.
 
     Args:
-        relative_tolerance: largest difference, as a share of the larger number.
+        relative_tolerance: largest difference, as a share of the larger number; None is none between whole numbers, and a
+            millionth where either has decimals.
         pick: ``last``, ``first`` or ``any`` number of the answer.
     """
     if reference is None:
         return NO_REFERENCE
     wanted = [number for part in reference.split(ALTERNATIVES_SEPARATOR) if (number := _only_number(part)) is not None]
     if not wanted:
-        return ScoreValue(None, f"the reference {_shown(reference)} is not one number")
+        return ScoreValue(None, f"the reference {shown(reference)} is not one number")
     marked = final_part(answer)
     found = quantities(answer if marked is None else marked) or quantities(answer)
     if not found:
         return ScoreValue(None, "the answer has no number")
     chosen = {"last": found[-1:], "first": found[:1]}.get(pick, found)
-    verdicts = [ours.equals(theirs, relative_tolerance) for ours in wanted for theirs in chosen]
+    verdicts = [
+        ours.equals(theirs, _tolerance(ours, theirs) if relative_tolerance is None else relative_tolerance)
+        for ours in wanted
+        for theirs in chosen
+    ]
     if True in verdicts:
         return ScoreValue(1.0, "equal")
     if None in verdicts:
-        return ScoreValue(None, f"the units of {_shown(reference)} and of the answer differ in kind")
-    return ScoreValue(0.0, f"{_number(chosen[-1])} is not {_shown(reference)}")
+        return ScoreValue(None, f"the units of {shown(reference)} and of the answer differ in kind")
+    return ScoreValue(0.0, f"{_number(chosen[-1])} is not {shown(reference)}")
+
+
+def _tolerance(ours: Quantity, theirs: Quantity) -> float:
+    """None between whole numbers: 10000001 is not 10000000."""
+    return 0.0 if ours.value.denominator == theirs.value.denominator == 1 else _ROUNDING
 
 
 def multiple_choice(reference: str | None, answer: str, *, letters: str = "ABCDE") -> ScoreValue:
@@ -68,7 +79,7 @@ def multiple_choice(reference: str | None, answer: str, *, letters: str = "ABCDE
         return NO_REFERENCE
     wanted = {letter for part in reference.split(ALTERNATIVES_SEPARATOR) if (letter := _leading_letter(part, letters))}
     if not wanted:
-        return ScoreValue(None, f"the reference {_shown(reference)} begins with none of the letters {letters}")
+        return ScoreValue(None, f"the reference {shown(reference)} begins with none of the letters {letters}")
     chosen = chosen_letter(answer, letters)
     if chosen is None:
         return ScoreValue(None, "the answer chooses no letter")
@@ -134,7 +145,8 @@ def _trimmed(text: str, case_sensitive: bool) -> str:
     return plain if case_sensitive else plain.casefold()
 
 
-def _shown(text: str) -> str:
+def shown(text: str) -> str:
+    """A text in one short line, quoted, for a detail."""
     line = " ".join(text.split())
     return repr(line if len(line) <= _SHOWN_CHARS else line[: _SHOWN_CHARS - 3] + "...")
 

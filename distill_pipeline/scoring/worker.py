@@ -5,12 +5,15 @@ What the scorer prints goes to standard error, so that it cannot be taken for an
 """
 
 import importlib
+import inspect
 import json
 import os
 import signal
 import sys
 from collections.abc import Callable
 from typing import Any
+
+from distill_pipeline.errors import ConfigError
 
 
 def answer_of(value: Any) -> tuple[float | None, str]:
@@ -34,10 +37,22 @@ def answer_of(value: Any) -> tuple[float | None, str]:
     return score, detail
 
 
-def score_once(function: Callable[..., Any], request: dict[str, Any]) -> tuple[float | None, str]:
+def extras_of(function: Callable[..., Any]) -> frozenset[str]:
+    """Which of ``metadata`` and ``prompt`` a scorer has as parameters, and so is given."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):  # a function written in C that does not say
+        return frozenset()
+    return frozenset(name for name in ("metadata", "prompt") if name in parameters)
+
+
+def score_once(
+    function: Callable[..., Any], request: dict[str, Any], extras: frozenset[str] = frozenset()
+) -> tuple[float | None, str]:
     """One row's score; whatever the scorer raises makes it unknown."""
     try:
-        return answer_of(function(request["reference"], request["answer"], **request["options"]))
+        given = {name: request[name] for name in extras}
+        return answer_of(function(request["reference"], request["answer"], **given, **request["options"]))
     except BaseException as err:  # the scorer's own SystemExit must not end the worker either
         return None, f"the scorer raised {type(err).__name__}: {str(err)[:200]}"
 
@@ -61,16 +76,22 @@ def main() -> None:
     sys.path[:] = [*sys.path, *(path for path in setup["search_path"] if path not in sys.path)]
     try:
         function = load(setup["target"])
+        if setup["start"]:
+            load(setup["start"])()
+    except ConfigError as err:
+        _reply(sink, {"refusal": str(err)})
+        return
     except BaseException as err:
         _reply(sink, {"error": f"{type(err).__name__}: {err}"})
         return
-    _reply(sink, {"ready": True})
+    extras = extras_of(function)
+    _reply(sink, {"ready": True, "extras": sorted(extras)})
     for line in source:
         request = json.loads(line)
         # Should the caller die, nobody is left to end a row that hangs: the system does, whatever the scorer is doing.
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, 2 * setup["timeout_seconds"] + 5)
-        score, detail = score_once(function, request)
+        score, detail = score_once(function, request, extras)
         signal.setitimer(signal.ITIMER_REAL, 0)
         _reply(sink, {"row": request["row"], "score": score, "detail": detail})
 

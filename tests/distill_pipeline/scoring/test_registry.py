@@ -6,15 +6,17 @@ from pathlib import Path
 import pytest
 
 from distill_pipeline.errors import ConfigError
-from distill_pipeline.scoring.registry import resolve_scorer, scorer_fault, scorer_versions
+from distill_pipeline.scoring.registry import BUILT_INS, SCORING, resolve_scorer, scorer_fault, scorer_versions
 from distill_pipeline.scoring.spec import ScorerSpec
+from distill_pipeline.scoring.worker import load
 
 
 def test_an_unknown_scorer_names_the_known_ones() -> None:
     fault = scorer_fault("contains", {})
     assert fault == (
-        "unknown scorer 'contains'; known: contains_answer, exact, judge, majority_vote, multiple_choice, numeric, regex, "
-        "reward_model, teacher_logprob; your own is written package.module:function"
+        "unknown scorer 'contains'; known: contains_answer, exact, json_schema, judge, majority_vote, math, multiple_choice, "
+        "numeric, python_tests, reasoning_gym, regex, reward_model, teacher_logprob; "
+        "your own is written package.module:function"
     )
 
 
@@ -70,6 +72,12 @@ def test_a_users_function_is_versioned_by_its_source_and_never_imported_here(
     (package / "rules.py").write_text("def score(reference, answer):\n    return 0\n")
     assert scorer_versions(scorers)["their_scorers.rules:score"] != before["their_scorers.rules:score"]
     assert "their_scorers" not in sys.modules
+
+
+def test_every_built_in_names_functions_that_exist() -> None:
+    for kind, built_in in BUILT_INS.items():
+        assert callable(load(built_in.target)), kind
+        assert built_in.start is None or callable(load(f"{SCORING}.{built_in.start}")), kind
 
 
 def test_a_missing_module_is_an_error_that_says_where_to_start() -> None:
