@@ -142,3 +142,11 @@ def test_the_last_python_block_is_the_code() -> None:
     assert code_of("a\n```python\nx = 1\n```\n```py\nx = 2\n```\n```bash\nls\n```") == "x = 2\n"
     assert code_of("```python\ndef f(x): pass\n```\n```python\nprint(f(1))\n```", "f") == "def f(x): pass\n"
     assert code_of("x = 3") == "x = 3"
+
+
+def test_the_tests_see_the_true_builtins() -> None:
+    row = {
+        "reference": "assert abs(f(2) - 4) == 0",
+        "answer": "import builtins\nbuiltins.abs = lambda x: 0\ndef f(x): return 1",
+    }
+    assert score_answers("python_tests", [row])[0].score == 0.0
