@@ -218,10 +218,18 @@ def _kl_tokens(log_a_NV: Tensor, log_b_NV: Tensor) -> Tensor:
 
 
 def _mixture(log_a_NV: Tensor, log_b_NV: Tensor, share: float) -> Tensor:
-    """log(share a + (1 - share) b), mixed as probabilities; either end is that distribution itself."""
+    """log(share a + (1 - share) b), mixed as probabilities; either end is that distribution itself.
+
+    Written from the larger of the two, so that where a equals b the mixture equals both to the last bit.
+    """
     if share in (0.0, 1.0):
         return log_a_NV if share == 1.0 else log_b_NV
-    return torch.logaddexp(log_a_NV + math.log(share), log_b_NV + math.log1p(-share))
+    is_a_larger_NV = log_a_NV >= log_b_NV
+    high_NV = torch.where(is_a_larger_NV, log_a_NV, log_b_NV)
+    low_NV = torch.where(is_a_larger_NV, log_b_NV, log_a_NV)
+    low_share_NV = torch.where(is_a_larger_NV, log_a_NV.new_tensor(1.0 - share), log_a_NV.new_tensor(share))
+    gap_NV = torch.where(high_NV > -math.inf, low_NV - high_NV, 0.0)
+    return high_NV + torch.log1p(low_share_NV * torch.expm1(gap_NV))
 
 
 def _jsd_tokens(log_q_NV: Tensor, log_p_NV: Tensor, beta: float) -> Tensor:
