@@ -129,6 +129,7 @@ def _run_filtered_set(work: Work, out_dir: Path, input_key: str) -> Outcome:
         out_dir, rule=rule, filter_name=work.node.name,
         protected=protected_index(work.experiment) if rule.drops("contaminated") else None, progress=work.progress,
         counters={reference: ModelTokenCounter(work.model(reference).path) for reference in rule.tokenizers()},
+        compute=work.experiment.compute,
     )  # fmt: skip
     facts = outcome.facts | {"teacher": work.input("teacher_outputs").manifest.facts["teacher"]}
     return Outcome(outcome.counts, facts, outcome.failed_gate)

@@ -69,6 +69,8 @@ _SELF_SIGNS = (
 """One of these stands in every self-reference: looking for them is ten times faster than the expression."""
 _FULL_TESTS = RepetitionSpec()
 
+_ENDS_READ, _END_SIGNS = 64, 16
+
 
 def is_empty(answer: str) -> bool:
     """Nothing a reader could see."""
@@ -111,3 +113,13 @@ def is_repetitive(reasoning: str | None, answer: str, tests: RepetitionSpec = _F
 def content_key(reasoning: str | None, answer: str) -> tuple[str, str]:
     """Equal for completions that say the same but for case and white space. Two ways to one answer are not the same."""
     return " ".join((reasoning or "").split()).casefold(), " ".join(answer.split()).casefold()
+
+
+def ends(text: str) -> tuple[str, str]:
+    """The first and the last signs of what :func:`content_key` compares: where these differ, so do the texts."""
+    first = "".join(text[:_ENDS_READ].split())
+    last = "".join(text[-_ENDS_READ:].split())
+    if min(len(first), len(last)) < _END_SIGNS:
+        first = last = "".join(text.split())
+    # Folding may lengthen a sign, never shorten it, so cutting again gives as many of both.
+    return first[:_END_SIGNS].casefold()[:_END_SIGNS], last[-_END_SIGNS:].casefold()[-_END_SIGNS:]
