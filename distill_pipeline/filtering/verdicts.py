@@ -3,7 +3,6 @@
 Decisions depend on the prompt's completions alone, and among equals on ``sample_index``: not on batches, nor on row order.
 """
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -91,14 +90,14 @@ def judge_prompt(
     verdicts = [Verdict(row, given, screened=look) for row, given, look in zip(rows, scores, looks, strict=True)]
     in_order = sorted(verdicts, key=lambda verdict: (verdict.row["sample_index"], verdict.row["completion_id"]))
     seen: set[tuple[str, str]] = set()
-    ends = Counter(_ends(row) for row in rows) if "duplicate" in rule.drop and len(rows) > 1 else Counter()
+    may_be_copy = _share_ends(in_order) if "duplicate" in rule.drop else set()
     for verdict in in_order:
         if verdict.row["finish_reason"] == "error":
             verdict.reasons = ["failed"]
             continue
         verdict.reasons = ["heldout"] if is_heldout else []
         _judge_text(verdict, rule, protected, counters)
-        if "duplicate" in rule.drop and ends[_ends(verdict.row)] > 1:
+        if verdict.row["completion_id"] in may_be_copy:
             key = rules.content_key(verdict.row["reasoning"], verdict.row["answer"])
             if key in seen:
                 verdict.reasons.append("duplicate")
@@ -141,8 +140,12 @@ def _judge_text(verdict: Verdict, rule: FilterRule, protected: ContaminationInde
             verdict.detail = str(match)
 
 
-def _ends(row: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    return rules.ends(row["reasoning"] or ""), rules.ends(row["answer"])
+def _share_ends(verdicts: Sequence[Verdict]) -> set[str]:
+    """Ids of the completions that begin and end as another does; no other can be a duplicate."""
+    alike: dict[tuple[str, str], list[str]] = {}
+    for verdict in verdicts if len(verdicts) > 1 else ():
+        alike.setdefault(rules.ends(verdict.row["answer"]), []).append(verdict.row["completion_id"])
+    return {name for names in alike.values() if len(names) > 1 for name in names}
 
 
 def _judge_length(verdict: Verdict, length: LengthSpec, counters: TokenCounters) -> None:
