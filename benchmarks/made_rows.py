@@ -42,19 +42,14 @@ class Made:
 
     folder: Path
     num_completions: int
-    items: list[tuple[str, str]]
     planted: Counter[str] = field(default_factory=Counter)
-
-    def files(self, prefix: str) -> list[Path]:
-        """The Parquet files of ``prompts``, ``completions`` or ``scores``."""
-        return sorted(self.folder.glob(f"{prefix}-*.parquet"))
 
 
 class Texts:
     """Draws texts; equal seeds draw equal texts."""
 
     def __init__(self, seed: int) -> None:
-        vocabulary = _vocabulary(random.Random(seed))
+        vocabulary = _vocabulary(random.Random(0))
         weights = 1.0 / np.arange(10, len(vocabulary) + 10)
         self._rng = np.random.default_rng(seed)
         places = self._rng.choice(len(vocabulary), size=_TABLE, p=weights / weights.sum())
@@ -76,12 +71,17 @@ def _vocabulary(rng: random.Random) -> list[str]:
     return list(found)
 
 
+def evaluation_items(seed: int = 0) -> list[tuple[str, str]]:
+    """(id, text) of what completions must not contain."""
+    return [(f"benchmark:{number}", " ".join(words)) for number, words in enumerate(Texts(seed + 2).words(NUM_ITEMS, 40))]
+
+
 def make_rows(folder: Path, num_prompts: int, seed: int = 0) -> Made:
     """Write so many prompts and four times as many completions, each with a score of 1.0."""
     folder.mkdir(parents=True, exist_ok=True)
     texts, rng = Texts(seed), random.Random(seed + 1)
-    items = [(f"benchmark:{number}", " ".join(words)) for number, words in enumerate(texts.words(NUM_ITEMS, 40))]
-    made = Made(folder, num_prompts * SAMPLES, items)
+    items = evaluation_items(seed)
+    made = Made(folder, num_prompts * SAMPLES)
     with (
         ShardWriter(folder, "prompts", PROMPT_SCHEMA) as prompts,
         ShardWriter(folder, "completions", COMPLETION_SCHEMA) as completions,
@@ -125,8 +125,8 @@ def _completions(
         text = _faulty(str(fault), drawn[0], words, items, rng) if is_faulty else " ".join(words)
         planted[str(fault)] += is_faulty
         yield {
-            "completion_id": f"c{number:012d}-{index}", "prompt_id": f"p{number:012d}", "teacher": "made", "sample_index": index,
-            "reasoning": None, "answer": text, "raw_text": text,
+            "completion_id": f"c{number:012d}-{index}", "prompt_id": f"p{number:012d}", "teacher": "made",
+            "sample_index": index, "reasoning": None, "answer": text, "raw_text": text,
             "finish_reason": "length" if is_faulty and fault == "truncated" else "stop", "error": None, "prompt_tokens": 3,
             "completion_tokens": WORDS_OF_ANSWER, "logprob": None, "request_key": f"planted:{fault}" if is_faulty else "",
         }  # fmt: skip

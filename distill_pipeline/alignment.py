@@ -204,8 +204,8 @@ class _ScoreRows:
         """Raises IntegrityError when scores are left that belong to no completion that was asked for."""
         if self._at < len(self._ids):
             raise IntegrityError(
-                f"the scores name completion {self._ids[self._at][:16]}..., which is not among the teacher's outputs, or not in "
-                "this order. Score the outputs again."
+                f"the scores name completion {self._ids[self._at][:16]}..., which is not among the teacher's outputs, or not "
+                "in this order. Score the outputs again."
             )
 
     def _fill(self) -> None:

@@ -4,6 +4,7 @@ A chunk holds whole prompts. What comes back names rows of the chunk and repeats
 """
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -30,8 +31,8 @@ _READ_COLUMNS = (
 class ChunkVerdicts:
     """What was decided about a chunk.
 
-    ``decisions`` (``DECISION_SCHEMA``) has a row per completion. ``kept`` are the rows of the accepted ones, prompt by prompt and
-    best first; ``num_kept``, ``num_correct`` and ``num_known`` have a number per prompt.
+    ``decisions`` (``DECISION_SCHEMA``) has a row per completion. ``kept`` are the rows of the accepted ones, prompt by prompt
+    and best first; ``num_kept``, ``num_correct`` and ``num_known`` have a number per prompt.
     """
 
     decisions: pa.RecordBatch
@@ -89,7 +90,7 @@ def _scores_by_completion(chunk: AlignedChunk) -> list[list[dict[str, Any]]]:
     columns = (chunk.scores.column(name).to_pylist() for name in ("scorer", "score", "detail"))
     given = [{"scorer": scorer, "score": score, "detail": detail} for scorer, score, detail in zip(*columns, strict=True)]
     starts = chunk.score_starts.tolist()
-    return [given[begin:end] for begin, end in zip(starts, starts[1:], strict=False)]
+    return [given[begin:end] for begin, end in pairwise(starts)]
 
 
 def _last_contents(prompts: pa.RecordBatch) -> list[str]:

@@ -83,7 +83,9 @@ def is_truncated(finish_reason: str, raw_text: str) -> bool:
     if finish_reason == "length":
         return True
     start = raw_text.lstrip()
-    return start.startswith(_THINK_OPENINGS) and any(start.startswith(opening) and closing not in start for opening, closing in THINK_TAGS.items())
+    return start.startswith(_THINK_OPENINGS) and any(
+        start.startswith(opening) and closing not in start for opening, closing in THINK_TAGS.items()
+    )
 
 
 def is_refusal(answer: str) -> bool:

@@ -1,7 +1,7 @@
 """A first look at all completions of a chunk at once: which of them a slow rule cannot reject.
 
-The rules in :mod:`distill_pipeline.filtering.rules` decide about one text at a time. Most texts break none, and arrays show that
-of a thousand texts in the time that a rule takes for a few. A screen errs to one side only: what it lets through is judged
+The rules in :mod:`distill_pipeline.filtering.rules` decide about one text at a time. Most texts break none, and arrays show
+that of a thousand texts in the time that a rule takes for a few. A screen errs to one side only: what it lets through is judged
 by the rule itself, so verdicts are the same with and without it.
 """
 

@@ -109,7 +109,9 @@ def _training_rows(chunk: AlignedChunk, done: ChunkVerdicts) -> pa.RecordBatch:
     has_kept = done.num_kept > 0
     prompts = chunk.prompts.filter(pa.array(has_kept))
     kept = chunk.completions.take(pa.array(done.kept))
-    struct = pa.StructArray.from_arrays([kept.column(column.name) for column in TRAINING_COMPLETION], fields=list(TRAINING_COMPLETION))
+    struct = pa.StructArray.from_arrays(
+        [kept.column(column.name) for column in TRAINING_COMPLETION], fields=list(TRAINING_COMPLETION)
+    )
     starts = np.r_[0, np.cumsum(done.num_kept[has_kept])]
     completions = pa.ListArray.from_arrays(pa.array(starts, pa.int32()), struct, type=TRAINING_SCHEMA.field("completions").type)
     columns = {name: prompts.column(name) for name in TRAINING_SCHEMA.names if name != "completions"}
