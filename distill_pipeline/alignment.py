@@ -237,8 +237,8 @@ def _ipc_bytes(batch: pa.RecordBatch) -> bytes:
 
 
 def _unpacked(prompts: bytes, completions: bytes, scores: bytes, starts: Places, score_starts: Places) -> AlignedChunk:
-    batches = [pa.ipc.open_stream(part).read_next_batch() for part in (prompts, completions, scores)]
-    return AlignedChunk(*batches, starts, score_starts)
+    rows = (pa.ipc.open_stream(part).read_next_batch() for part in (prompts, completions, scores))
+    return AlignedChunk(next(rows), next(rows), next(rows), starts, score_starts)
 
 
 def _stray_completion(prompt_id: str) -> IntegrityError:

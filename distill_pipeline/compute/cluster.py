@@ -5,6 +5,7 @@ results must come in order. A chunk is a pure function's argument, so an actor t
 and its chunks are tried again.
 """
 
+import importlib
 import os
 from collections import deque
 from collections.abc import Callable
@@ -38,14 +39,14 @@ class RayCluster:
         """Raises MissingExtraError without Ray, ComputeError when no cluster answers."""
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no news to anybody unless the user wants it
         try:
-            import ray
+            ray: Any = importlib.import_module("ray")
         except ImportError as err:
             raise MissingExtraError(
                 "compute: {engine: ray} needs the package ray. Install it: pip install 'distill-pipeline[ray]'"
             ) from err
         self._ray = ray
         if not ray.is_initialized():
-            here = {} if self._address else {"num_cpus": self._wanted, "include_dashboard": False}
+            here: dict[str, Any] = {} if self._address else {"num_cpus": self._wanted, "include_dashboard": False}
             try:
                 ray.init(address=self._address, log_to_driver=False, **here)
             except (ConnectionError, RuntimeError, ValueError) as err:

@@ -11,7 +11,7 @@ one stage cost about the same. The chunk comes back beside its result, so that t
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack
 from itertools import chain, islice
 from typing import Protocol, TypeVar
@@ -24,16 +24,18 @@ SMALL_CHUNKS = 8
 
 Chunk = TypeVar("Chunk")
 Result = TypeVar("Result")
+ChunkIn = TypeVar("ChunkIn", contravariant=True)
+ResultOut = TypeVar("ResultOut", covariant=True)
 
 
-class Worker(Protocol[Chunk, Result]):
+class Worker(Protocol[ChunkIn, ResultOut]):
     """Somebody who works on chunks, first come first served."""
 
-    def submit(self, chunk: Chunk) -> None:
+    def submit(self, chunk: ChunkIn) -> None:
         """Hand over one more chunk."""
         ...
 
-    def result(self) -> Result:
+    def result(self) -> ResultOut:
         """The result of the oldest chunk handed over; waits for it. Raises what the function raised."""
         ...
 
@@ -44,7 +46,7 @@ class Worker(Protocol[Chunk, Result]):
 
 def ordered_map(
     prepare: Callable[[], Callable[[Chunk], Result]], chunks: Iterable[Chunk], compute: ComputeSpec
-) -> Iterator[tuple[Chunk, Result]]:
+) -> Generator[tuple[Chunk, Result], None, None]:
     """Each chunk with its result, in order. Close the iterator (``contextlib.closing``) to end its processes early.
 
     Args:

@@ -23,8 +23,8 @@ def main() -> None:
     frames: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
     threading.Thread(target=_read_ahead, args=(sys.stdin.buffer, frames), daemon=True).start()
     function: Callable[[Any], Any] | None = None
-    reply = (True, None)
     while (frame := frames.get()) is not None:
+        reply: tuple[bool, Any]
         try:
             if function is None:
                 function = pickle.loads(frame)()

@@ -82,8 +82,9 @@ class ChunkFilter:
             kept += (ranks[rank] for rank in range(len(ranks)))
             numbers.append((len(ranks), *ledger.add(text, domain, verdicts)))
             judged += verdicts
-        counted = np.array(numbers, dtype=np.int64).reshape(-1, 3).T
-        return ChunkVerdicts(_decisions(judged), np.array(kept, dtype=np.int64), *counted, ledger)
+        num_kept, num_correct, num_known = np.array(numbers, dtype=np.int64).reshape(-1, 3).T
+        rows_kept = np.array(kept, dtype=np.int64)
+        return ChunkVerdicts(_decisions(judged), rows_kept, num_kept, num_correct, num_known, ledger)
 
 
 def _scores_by_completion(chunk: AlignedChunk) -> list[list[dict[str, Any]]]:
