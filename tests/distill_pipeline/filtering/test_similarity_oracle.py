@@ -11,16 +11,17 @@ from distill_pipeline.filtering.spec import FilterSpec
 from distill_pipeline.filtering.verdicts import judge_prompt
 
 NUM_PAIRS = 2_000
-NUM_PERMUTATIONS = 1_024
-"""A standard error of 0.012 near 0.8: the oracle itself is not exact."""
+NUM_PERMUTATIONS = 256
+UNCLEAR = 0.05
+"""Two standard errors of the oracle near the threshold, where it is not exact itself."""
 WORDS, MOST_EDITS = 150, 10
 RULE = FilterSpec(drop=("near_duplicate",))
 
 
-def test_datasketch_agrees_on_near_duplicate_answers() -> None:
+def test_datasketch_agrees_on_98_percent_of_clear_near_duplicate_answers() -> None:
     datasketch = pytest.importorskip("datasketch", reason="datasketch is not installed: no oracle")
     rng = random.Random(0)
-    agreed = near = found = 0
+    clear = agreed = near = found = 0
     for number in range(NUM_PAIRS):
         one = [f"w{rng.randrange(5_000)}" for _ in range(WORDS)]
         other = list(one)
@@ -30,14 +31,17 @@ def test_datasketch_agrees_on_near_duplicate_answers() -> None:
             [[" ".join(text[i : i + 5]).encode() for i in range(len(text) - 4)] for text in (one, other)],
             num_perm=NUM_PERMUTATIONS,
         )
-        is_near = sketches[0].jaccard(sketches[1]) >= 0.8
-        is_found = is_rejected(number, " ".join(one), " ".join(other))
+        estimate = sketches[0].jaccard(sketches[1])
+        if abs(estimate - 0.8) < UNCLEAR:
+            continue
+        is_near, is_found = estimate >= 0.8, is_rejected(number, " ".join(one), " ".join(other))
+        clear += 1
         agreed += is_near == is_found
         near += is_near
         found += is_near and is_found
-    assert 0.2 * NUM_PAIRS < near < 0.8 * NUM_PAIRS
+    assert min(near, clear - near) > 400
     assert found >= 0.98 * near
-    assert agreed >= 0.98 * NUM_PAIRS
+    assert agreed >= 0.98 * clear
 
 
 def is_rejected(number: int, one: str, other: str) -> bool:
