@@ -28,7 +28,7 @@ MAX_PERIOD_CHARS = 16
 MIN_LOOP_CHARS = 100
 
 _LOOP_NGRAM = 10
-"""So many words at the end of any loop stand twice: the least of max(2 * period, MIN_LOOP_WORDS - period)."""
+"""So many words at the end of any loop stand twice: max(2 * period, MIN_LOOP_WORDS - period) is more for every period."""
 
 
 def repetition_fault(text: str, *, loops_only: bool = False) -> str | None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from distill_pipeline.alignment import AlignedChunk, aligned_chunks
@@ -93,6 +93,7 @@ def filtered(
 
 @settings(max_examples=150, deadline=None)
 @given(groups=st.lists(st.lists(st.tuples(TRACES, TEXTS), min_size=1, max_size=4), min_size=1, max_size=4))
+@example(groups=[[(None, "a " + " " * 70 + "b"), (None, "A b"), (None, "stra\u00dfe " * 20), (None, "STRASSE " * 20)]])
 def test_verdicts_are_the_same_with_and_without_a_first_look(groups: list[list[tuple[str | None, str]]]) -> None:
     rows = completions(groups)
     starts = np.r_[0, np.cumsum([len(group) for group in groups])]
@@ -106,6 +107,8 @@ def test_verdicts_are_the_same_with_and_without_a_first_look(groups: list[list[t
 
 @settings(max_examples=150, deadline=None)
 @given(texts=st.lists(TEXTS, min_size=1, max_size=6))
+@example(texts=["Question: how many legs has a spider?", "four seas\nname"])
+@example(texts=["so " * 6 + "much of this goes " + "round and round in circles now " * 3])
 def test_a_text_that_a_first_look_clears_breaks_no_rule(texts: list[str]) -> None:
     block = WordBlock.of(texts)
     for text, repeats, matches in zip(texts, may_repeat(texts, block), INDEX.may_match(texts, block), strict=True):
