@@ -108,7 +108,7 @@ def test_verdicts_are_the_same_with_and_without_a_first_look(groups: list[list[t
 @settings(max_examples=150, deadline=None)
 @given(texts=st.lists(TEXTS, min_size=1, max_size=6))
 @example(texts=["Question: how many legs has a spider?", "four seas\nname"])
-@example(texts=["so " * 6 + "much of this goes " + "round and round in circles now " * 3])
+@example(texts=[" ".join(f"w{n}" for n in range(3000)) + " round and round in circles now" * 3])
 def test_a_text_that_a_first_look_clears_breaks_no_rule(texts: list[str]) -> None:
     block = WordBlock.of(texts)
     for text, repeats, matches in zip(texts, may_repeat(texts, block), INDEX.may_match(texts, block), strict=True):

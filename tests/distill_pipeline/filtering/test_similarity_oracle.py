@@ -10,7 +10,7 @@ from distill_pipeline.filtering.screening import screen
 from distill_pipeline.filtering.spec import FilterSpec
 from distill_pipeline.filtering.verdicts import judge_prompt
 
-NUM_PAIRS = 1_200
+NUM_PAIRS = 800
 NUM_PERMUTATIONS = 256
 UNCLEAR = 0.05
 """Two standard errors of the oracle near the threshold, where it is not exact itself."""
@@ -39,7 +39,7 @@ def test_datasketch_agrees_on_98_percent_of_clear_near_duplicate_answers() -> No
         agreed += is_near == is_found
         near += is_near
         found += is_near and is_found
-    assert min(near, clear - near) > 250
+    assert min(near, clear - near) > 150
     assert found >= 0.98 * near
     assert agreed >= 0.98 * clear
 
