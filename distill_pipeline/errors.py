@@ -51,3 +51,7 @@ class VocabularyMismatchError(DistillError, ValueError):
 
 class MissingExtraError(DistillError, ImportError):
     """An optional package is not installed. The message names the package and the pip command."""
+
+
+class ComputeError(DistillError, RuntimeError):
+    """A worker process or a cluster was lost while it worked. A rerun helps if memory or the machine was the cause."""

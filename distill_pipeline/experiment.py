@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from pydantic import Field, PrivateAttr, ValidationError
 
+from distill_pipeline.compute.spec import ComputeSpec
 from distill_pipeline.errors import ConfigError
 from distill_pipeline.evaluation.spec import EvaluationSpec
 from distill_pipeline.filtering.spec import FilterSpec
@@ -39,6 +40,7 @@ class Experiment(Spec):
     filters: dict[Name, FilterSpec] = Field(min_length=1)
     students: dict[Name, StudentSpec] = Field(min_length=1)
     evaluation: EvaluationSpec
+    compute: ComputeSpec = ComputeSpec()
     _base_dir: Path = PrivateAttr(default_factory=Path.cwd)
 
     @property

@@ -28,8 +28,8 @@ STAGE_COMMANDS: Mapping[Stage, str] = {
 }  # fmt: skip
 """The ``distill`` subcommand that makes each stage's artifacts."""
 
-NO_RESULT_CHANGE = {"batch_tokens", "micro_batch_tokens", "batch_size"}
-"""Fields that change speed or memory only, wherever they stand."""
+NO_RESULT_CHANGE = {"batch_tokens", "micro_batch_tokens", "batch_size", "compute"}
+"""Fields that change speed or memory only, wherever they stand; ``compute`` says who works, and is in no node's part."""
 
 
 @dataclass(frozen=True)

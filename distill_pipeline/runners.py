@@ -126,16 +126,18 @@ def _run_scored_outputs(work: Work, out_dir: Path, input_key: str) -> Outcome:
 
 
 def _run_filtered_set(work: Work, out_dir: Path, input_key: str) -> Outcome:
+    from distill_pipeline.alignment import CHUNK_ROWS
     from distill_pipeline.filtering.lengths import ModelTokenCounter
     from distill_pipeline.filtering.stage import filter_outputs
 
     assert work.node.filter is not None
     rule = work.experiment.filters[work.node.filter]
     outcome = filter_outputs(
-        work.input("prompt_pool").batches(), work.input("teacher_outputs").batches(), work.input("scored_outputs").batches(),
-        out_dir, rule=rule, filter_name=work.node.name,
+        work.input("prompt_pool").batches(), work.input("teacher_outputs").batches(rows=CHUNK_ROWS),
+        work.input("scored_outputs").batches(), out_dir, rule=rule, filter_name=work.node.name,
         protected=protected_index(work.experiment) if rule.drops("contaminated") else None, progress=work.progress,
         counters={reference: ModelTokenCounter(work.model(reference).path) for reference in rule.tokenizers()},
+        compute=work.experiment.compute,
     )  # fmt: skip
     facts = outcome.facts | {"teacher": work.input("teacher_outputs").manifest.facts["teacher"]}
     return Outcome(outcome.counts, facts, outcome.failed_gate)

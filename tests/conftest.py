@@ -4,6 +4,8 @@ Not covered by the default run: the marks ``network`` (a wheel from the package 
 """
 
 import os
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,3 +90,14 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_teacher_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Another random Llama with the same tokenizer, of 4 layers."""
     return save_tiny_model(tmp_path_factory.mktemp("tiny_teacher"), layers=4, seed=1)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """A real Ray cluster of this machine with two CPUs, for as long as the tests run."""
+    ray = pytest.importorskip("ray", reason="ray is not installed: the Ray engine is not covered")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Ray's own
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()

@@ -43,7 +43,7 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 
 
 class Ledger:
-    """Counts what is decided, prompt by prompt."""
+    """Counts what is decided, prompt by prompt; ledgers of parts are merged in the order of the prompts."""
 
     def __init__(self, filter_name: str, rule: FilterSpec) -> None:
         self._name, self._rule = filter_name, rule
@@ -88,6 +88,23 @@ class Ledger:
         self._accepted_per_prompt[num_accepted] += 1
         self._correct_of[num_correct, num_known] += 1
         return num_correct, num_known
+
+    def merge(self, later: "Ledger") -> None:
+        """Add what another ledger of the same filter counted of the prompts after these."""
+        self._first.update(later._first)
+        self._all.update(later._all)
+        for own, others in ((self._domains, later._domains), (self._reasons, later._reasons)):
+            for domain, tally in others.items():
+                own.setdefault(domain, Counter()).update(tally)
+        for reason, samples in later._samples.items():
+            listed = self._samples.setdefault(reason, [])
+            listed += samples[: SAMPLES_PER_REASON - len(listed)]
+        self._accepted_per_prompt.update(later._accepted_per_prompt)
+        self._correct_of.update(later._correct_of)
+        self._num_completions += later._num_completions
+        self._num_accepted += later._num_accepted
+        known = [best for best in (self._best_score, later._best_score) if best is not None]
+        self._best_score = max(known, default=None)
 
     def _reject(self, prompt_text: str, verdict: Verdict, tally: Counter[str]) -> None:
         first = verdict.reasons[0]

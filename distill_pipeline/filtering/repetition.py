@@ -5,9 +5,12 @@ more only, since a short answer rightly says its few words twice. The loop test 
 end of the text) is for models that got stuck; it needs 16 words, or 100 characters where there are no words.
 """
 
-import numpy as np
+from collections.abc import Sequence
 
-from distill_pipeline.ngrams import Hashes, ngram_hashes, tokens
+import numpy as np
+from numpy.typing import NDArray
+
+from distill_pipeline.ngrams import Hashes, WordBlock, grouped, ngram_hashes, tokens
 
 MIN_WORDS = 50
 TOP_NGRAM_FRAC = {2: 0.20, 3: 0.18, 4: 0.16}
@@ -24,6 +27,9 @@ MIN_LOOP_TIMES = 3
 MAX_PERIOD_CHARS = 16
 MIN_LOOP_CHARS = 100
 
+_LOOP_NGRAM = 10
+"""So many words at the end of any loop stand twice: max(2 * period, MIN_LOOP_WORDS - period) is more for every period."""
+
 
 def repetition_fault(text: str, *, loops_only: bool = False) -> str | None:
     """Why a text counts as repetitive, in a few words, or None. ``loops_only`` asks for a loop at the end and nothing else."""
@@ -36,6 +42,42 @@ def repetition_fault(text: str, *, loops_only: bool = False) -> str | None:
     if loops_only or len(listed) < MIN_WORDS:
         return None
     return _ngram_fault(hashes, np.fromiter(map(len, listed), dtype=np.int64, count=len(listed))) or _line_fault(text)
+
+
+def may_repeat(texts: Sequence[str], block: WordBlock) -> NDArray[np.bool_]:
+    """Whether :func:`repetition_fault` could find one in each of many texts, asked of all at once: where False it cannot.
+
+    An n-gram stands twice only where its first n - 1 words do, so each length looks at fewer places than the one before.
+    Overlaps are counted twice here, so a few texts are let through to the exact rules. A loop of 16 words and three periods
+    repeats its last 10 words.
+
+    Args:
+        block: the words of the texts.
+    Returns:
+        bool (texts,).
+    """
+    doubts = np.fromiter((_loops_in_chars(text) or _line_fault(text) is not None for text in texts), bool, count=len(texts))
+    ends = np.r_[0, np.cumsum(block.num_chars)]
+    total = np.diff(ends[block.starts])
+    text_of = np.repeat(np.arange(len(texts)), np.diff(block.starts))
+    places = np.arange(len(block.hashes))
+    for n in (*TOP_NGRAM_FRAC, *REPEATED_NGRAM_FRAC):
+        places = places[places + n <= block.starts[text_of[places] + 1]]
+        places, is_again = grouped(block.hashes, places, n, text_of[places])
+        if not len(places):
+            break
+        chars = ends[places + n] - ends[places]
+        if n in TOP_NGRAM_FRAC:
+            first = np.flatnonzero(~is_again)
+            sizes = np.diff(np.r_[first, len(places)])
+            texts_of_first = text_of[places[first]]
+            doubts[texts_of_first[sizes * chars[first] > TOP_NGRAM_FRAC[n] * total[texts_of_first]]] = True
+        else:
+            covered = np.bincount(text_of[places[is_again]], chars[is_again], minlength=len(texts))
+            doubts |= covered > REPEATED_NGRAM_FRAC[n] * total
+        if n == _LOOP_NGRAM:
+            doubts[text_of[places[places + n == block.starts[text_of[places] + 1]]]] = True
+    return doubts
 
 
 def loop_period(hashes: Hashes) -> int | None:
@@ -60,7 +102,7 @@ def _loops_in_chars(text: str) -> bool:
     return any(tail[period:] == tail[:-period] for period in range(1, MAX_PERIOD_CHARS + 1))
 
 
-def _ngram_fault(hashes: Hashes, lengths: "np.typing.NDArray[np.int64]") -> str | None:
+def _ngram_fault(hashes: Hashes, lengths: NDArray[np.int64]) -> str | None:
     """The first of Gopher's n-gram rules that a text breaks."""
     ends = np.r_[0, np.cumsum(lengths)]
     total = int(ends[-1])
@@ -84,7 +126,7 @@ def _ngram_fault(hashes: Hashes, lengths: "np.typing.NDArray[np.int64]") -> str 
     return None
 
 
-def _covered(places: "np.typing.NDArray[np.int64]", n: int, ends: "np.typing.NDArray[np.int64]") -> int:
+def _covered(places: NDArray[np.int64], n: int, ends: NDArray[np.int64]) -> int:
     """Characters of repeated n-grams, from left to right without overlap."""
     covered, free = 0, 0
     for place in places.tolist():

@@ -16,9 +16,10 @@ REFUSAL_MAX_CHARS = 600
 """A longer answer says more than no."""
 
 THINK_TAGS = {"<think>": "</think>", "<thinking>": "</thinking>", "<|begin_of_thought|>": "<|end_of_thought|>"}
+_THINK_OPENINGS = tuple(THINK_TAGS)
 
 _QUOTES = str.maketrans(dict.fromkeys("\u2018\u2019\u02bc\u2032\u00b4`", "'"))
-_INVISIBLE = re.compile(r"[\s\u200b-\u200f\u2060\ufeff]+")
+_VISIBLE = re.compile(r"[^\s\u200b-\u200f\u2060\ufeff]")
 
 _NOT_ABLE = (
     r"(?:can ?not|can'?t|could not|couldn'?t|will not|won'?t"
@@ -69,10 +70,12 @@ _SELF_SIGNS = (
 """One of these stands in every self-reference: looking for them is ten times faster than the expression."""
 _FULL_TESTS = RepetitionSpec()
 
+_ENDS_READ, _END_SIGNS = 64, 16
+
 
 def is_empty(answer: str) -> bool:
     """Nothing a reader could see."""
-    return not _INVISIBLE.sub("", answer)
+    return _VISIBLE.search(answer) is None
 
 
 def is_truncated(finish_reason: str, raw_text: str) -> bool:
@@ -80,7 +83,9 @@ def is_truncated(finish_reason: str, raw_text: str) -> bool:
     if finish_reason == "length":
         return True
     start = raw_text.lstrip()
-    return any(start.startswith(opening) and closing not in start for opening, closing in THINK_TAGS.items())
+    return start.startswith(_THINK_OPENINGS) and any(
+        start.startswith(opening) and closing not in start for opening, closing in THINK_TAGS.items()
+    )
 
 
 def is_refusal(answer: str) -> bool:
@@ -94,7 +99,7 @@ def is_refusal(answer: str) -> bool:
 def is_self_reference(answer: str) -> bool:
     """Whether the text speaks of itself as a model, or of who made it."""
     lower = answer.lower()
-    if not any(sign in lower for sign in _SELF_SIGNS):
+    if not any(map(lower.__contains__, _SELF_SIGNS)):
         return False
     return _SELF_REFERENCE.search(answer if answer.isascii() else answer.translate(_QUOTES)) is not None
 
@@ -111,3 +116,13 @@ def is_repetitive(reasoning: str | None, answer: str, tests: RepetitionSpec = _F
 def content_key(reasoning: str | None, answer: str) -> tuple[str, str]:
     """Equal for completions that say the same but for case and white space. Two ways to one answer are not the same."""
     return " ".join((reasoning or "").split()).casefold(), " ".join(answer.split()).casefold()
+
+
+def ends(text: str) -> tuple[str, str]:
+    """The first and the last signs of what :func:`content_key` compares: where these differ, so do the texts."""
+    first = "".join(text[:_ENDS_READ].split())
+    last = "".join(text[-_ENDS_READ:].split())
+    if min(len(first), len(last)) < _END_SIGNS:
+        first = last = "".join(text.split())
+    # Folding may lengthen a sign, never shorten it, so cutting again gives as many of both.
+    return first[:_END_SIGNS].casefold()[:_END_SIGNS], last[-_END_SIGNS:].casefold()[-_END_SIGNS:]

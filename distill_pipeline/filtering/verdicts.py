@@ -10,6 +10,7 @@ from typing import Any
 from distill_pipeline.filtering import rules
 from distill_pipeline.filtering.languages import other_language
 from distill_pipeline.filtering.lengths import TokenCounters
+from distill_pipeline.filtering.screening import UNSCREENED, Screened
 from distill_pipeline.filtering.similarity import Shingles, completion_shingles, is_alike, is_more_alike
 from distill_pipeline.filtering.spec import TEACHER_TOKENIZER, DifficultySpec, FilterRule, LengthSpec
 from distill_pipeline.prompts.contamination import ContaminationIndex
@@ -23,6 +24,7 @@ REJECT_REASONS = (
 and what depends on better completions: one with an earlier reason is never compared, so it has none of the last four."""
 
 _ROUNDING = 1e-9
+_SCREEN_SLACK = 1e-6
 
 
 @dataclass(slots=True)
@@ -34,6 +36,7 @@ class Verdict:
     reasons: list[str] = field(default_factory=list)
     rank: int | None = None
     detail: str = ""
+    screened: Screened = UNSCREENED
 
     @property
     def known_scores(self) -> list[float]:
@@ -71,6 +74,7 @@ def judge_prompt(
     rule: FilterRule,
     protected: ContaminationIndex | None,
     counters: TokenCounters,
+    screened: Sequence[Screened] | None = None,
 ) -> list[Verdict]:
     """Verdicts on a prompt's completions, in the order given.
 
@@ -80,17 +84,20 @@ def judge_prompt(
         rule: that of the prompt's domain.
         protected: what completions must not contain; used when ``rule.drop`` names ``contaminated``.
         counters: who counts tokens, by the reference that ``rule.length`` may name.
+        screened: what a first look left open about each; decides nothing, saves time.
     """
-    verdicts = [Verdict(row, given) for row, given in zip(rows, scores, strict=True)]
+    looks = screened or [UNSCREENED] * len(rows)
+    verdicts = [Verdict(row, given, screened=look) for row, given, look in zip(rows, scores, looks, strict=True)]
     in_order = sorted(verdicts, key=lambda verdict: (verdict.row["sample_index"], verdict.row["completion_id"]))
     seen: set[tuple[str, str]] = set()
+    may_be_copy = _share_ends(in_order) if "duplicate" in rule.drop else set()
     for verdict in in_order:
         if verdict.row["finish_reason"] == "error":
             verdict.reasons = ["failed"]
             continue
         verdict.reasons = ["heldout"] if is_heldout else []
         _judge_text(verdict, rule, protected, counters)
-        if "duplicate" in rule.drop:
+        if verdict.row["completion_id"] in may_be_copy:
             key = rules.content_key(verdict.row["reasoning"], verdict.row["answer"])
             if key in seen:
                 verdict.reasons.append("duplicate")
@@ -117,7 +124,7 @@ def _judge_text(verdict: Verdict, rule: FilterRule, protected: ContaminationInde
         reasons.append("refusal")
     if "self_reference" in drop and rules.is_self_reference(answer):
         reasons.append("self_reference")
-    if "repetition" in drop and rules.is_repetitive(reasoning, answer, rule.repetition):
+    if "repetition" in drop and verdict.screened.may_repeat and rules.is_repetitive(reasoning, answer, rule.repetition):
         reasons.append("repetition")
     if "language" in drop and rule.language is not None:
         found = (other_language(text, rule.language) for text in (reasoning, answer) if text)
@@ -126,11 +133,19 @@ def _judge_text(verdict: Verdict, rule: FilterRule, protected: ContaminationInde
             verdict.detail = f"written in {other}"
     if rule.length is not None:
         _judge_length(verdict, rule.length, counters)
-    if "contaminated" in drop and protected is not None:
+    if "contaminated" in drop and protected is not None and verdict.screened.may_match:
         match = protected.match_any(text for text in (reasoning, answer) if text)
         if match is not None and not match.is_flag:
             reasons.append("contaminated")
             verdict.detail = str(match)
+
+
+def _share_ends(verdicts: Sequence[Verdict]) -> set[str]:
+    """Ids of the completions that begin and end as another does; no other can be a duplicate."""
+    alike: dict[tuple[str, str], list[str]] = {}
+    for verdict in verdicts if len(verdicts) > 1 else ():
+        alike.setdefault(rules.ends(verdict.row["answer"]), []).append(verdict.row["completion_id"])
+    return {name for names in alike.values() if len(names) > 1 for name in names}
 
 
 def _judge_length(verdict: Verdict, length: LengthSpec, counters: TokenCounters) -> None:
@@ -205,11 +220,21 @@ class _Likeness:
 
     def first_twin(self, verdict: Verdict, others: Sequence[Verdict], threshold: float) -> Verdict | None:
         """The first of the others that is at least so similar."""
-        return next((other for other in others if is_alike(self._of(verdict), self._of(other), threshold)), None)
+        near = self._open(verdict, others, threshold)
+        return next((other for other in near if is_alike(self._of(verdict), self._of(other), threshold)), None)
 
     def has_closer(self, verdict: Verdict, others: Sequence[Verdict], most: float) -> bool:
         """Whether any of the others is more similar than this."""
-        return any(is_more_alike(self._of(verdict), self._of(other), most) for other in others)
+        near = self._open(verdict, others, most)
+        return any(is_more_alike(self._of(verdict), self._of(other), most) for other in near)
+
+    @staticmethod
+    def _open(verdict: Verdict, others: Sequence[Verdict], similarity: float) -> list[Verdict]:
+        """Those of the others that may be so similar, after a first look at both."""
+        least = similarity - _SCREEN_SLACK
+        if verdict.screened.most_alike < least:
+            return []
+        return [other for other in others if other.screened.most_alike >= least]
 
     def _of(self, verdict: Verdict) -> Shingles:
         found = self._shingles.get(verdict.row["completion_id"])

@@ -17,13 +17,13 @@ Sources: GPT-3 (arXiv:2005.14165, appendix C) for 13-grams, Tülu 3 (arXiv:2411.
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from distill_pipeline.ngrams import Hashes, compact, ngram_hashes, text_hash, tokens, word_hashes, words
+from distill_pipeline.ngrams import Hashes, WordBlock, compact, ngram_hashes, text_hash, tokens, word_hashes, words
 
 LONG_NGRAM, SHORT_NGRAM = 13, 8
 HALF = 0.5
@@ -159,6 +159,27 @@ class ContaminationIndex:
         if name is not None:
             return Match(name, "equal_text", _span(listed, 0, len(listed)), False)
         return self._long_match(listed, hashes) or self._short_match(listed, hashes)
+
+    def may_match(self, texts: Sequence[str], block: WordBlock) -> NDArray[np.bool_]:
+        """Whether :meth:`match` could find anything in each of many texts, asked of all at once: where False it cannot.
+
+        Every rule but ``equal_text`` needs an 8-gram in common, and equal texts have equal words.
+
+        Args:
+            block: the words of the texts.
+        Returns:
+            bool (texts,).
+        """
+        found = np.fromiter(
+            (
+                _unlabelled(text) is not text or text_hash("".join(listed)) in self._equal_words
+                for text, listed in zip(texts, block.listed, strict=True)
+            ),
+            dtype=bool, count=len(texts),
+        )  # fmt: skip
+        places, _ = self._short.shared(ngram_hashes(block.hashes, SHORT_NGRAM))
+        found[block.text_of(places.astype(np.int64))] = True  # a run over the end of a text is only one more look
+        return found
 
     def match_any(self, texts: Iterable[str]) -> Match | None:
         """The strongest match among several texts, judged one by one: a rejection before a flag, then the first."""

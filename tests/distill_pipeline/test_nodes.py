@@ -90,6 +90,12 @@ def test_an_edit_moves_only_the_nodes_it_can_change(edit: list[Any], value: Any,
     assert changed(edit, value) == expected
 
 
+def test_who_works_changes_no_version() -> None:
+    document = yaml.safe_load(QUICKSTART.read_text())
+    for compute in ({"workers": 4}, {"engine": "ray", "address": "auto"}):
+        assert versions(document | {"compute": compute}) == versions(document)
+
+
 def test_other_evaluation_tasks_move_the_pool_because_it_is_cleaned_against_them() -> None:
     moved = changed(["evaluation", "tasks"], ["elementary_heldout", "arc_easy"])
     assert {"prompt_pool", "filtered_set/smollm2/verified", "eval_report/kl"} <= moved
