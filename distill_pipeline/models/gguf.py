@@ -43,8 +43,10 @@ def converted_gguf(file: Path, target: Path, *, file_hash: str, progress: Progre
         progress(f"converting {file.name} to safetensors, once")
         temporary = Path(tempfile.mkdtemp(prefix=".converting-", dir=target.parent))
         try:
-            _convert(file, temporary)
-            marker = {"identity": sha256_of([CONVERTER, file_hash]), "license": _license_of(file)}
+            with _read_once():
+                _convert(file, temporary)
+                license_key = _license_of(file)
+            marker = {"identity": sha256_of([CONVERTER, file_hash]), "license": license_key}
             write_whole(temporary / MARKER, json.dumps(marker))
             shutil.rmtree(target, ignore_errors=True)
             os.replace(temporary, target)
@@ -68,7 +70,7 @@ def _convert(file: Path, folder: Path) -> None:
 
     from distill_pipeline.models.load import silent_bars
 
-    with silent_bars(), _silent_tqdm(modeling_gguf_pytorch_utils), _read_once():
+    with silent_bars(), _silent_tqdm(modeling_gguf_pytorch_utils):
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name, local_files_only=True)
             loaded = AutoModelForCausalLM.from_pretrained(
