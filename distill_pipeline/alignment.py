@@ -29,7 +29,6 @@ class PromptView:
     prompt_id: str
     reference: str | None
     domain: str
-    split: str
     batch: pa.RecordBatch
     row: int
 
@@ -66,10 +65,10 @@ class PromptCursor:
     @staticmethod
     def _walk(batches: Iterable[pa.RecordBatch]) -> Iterator[PromptView]:
         for batch in batches:
-            columns = [batch.column(name).to_pylist() for name in ("prompt_id", "reference", "domain", "split")]
+            columns = [batch.column(name).to_pylist() for name in ("prompt_id", "reference", "domain")]
             for row in range(batch.num_rows):
-                prompt_id, reference, domain, split = (column[row] for column in columns)
-                yield PromptView(prompt_id, reference, domain, split, batch, row)
+                prompt_id, reference, domain = (column[row] for column in columns)
+                yield PromptView(prompt_id, reference, domain, batch, row)
 
 
 def by_prompt(completion_batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:

@@ -20,10 +20,8 @@ from distill_pipeline.generation.spec import TeacherSpec
 from distill_pipeline.prompts.spec import PromptPoolSpec
 from distill_pipeline.scoring.registry import scorer_fault
 from distill_pipeline.scoring.spec import ScorerSpec
-from distill_pipeline.spec import NAME_PATTERN, Name, Spec
+from distill_pipeline.spec import ANY_DOMAIN, NAME_PATTERN, Name, Spec
 from distill_pipeline.training.spec import StudentSpec
-
-ANY_DOMAIN = "*"
 
 _SAFE_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 """libyaml's loader where PyYAML has it: as safe, ten times as fast, and every command waits for it."""

@@ -8,6 +8,10 @@ Progress = Callable[[str], None]
 """Takes one line of news about long work. A stage calls it at most every few seconds."""
 
 
+def silent(line: str) -> None:
+    """A progress that nobody hears of."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """Counts that must add up, and facts for the manifest; both hold plain JSON values.

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distill_pipeline.nodes import Node
+from distill_pipeline.outcome import silent
 from distill_pipeline.pipeline import Pipeline
 from distill_pipeline.records import TRAINING_SCHEMA
 from distill_pipeline.runners import RUNNERS
@@ -173,7 +174,7 @@ def _probe_teacher(pipeline: Pipeline, name: str, prompts: Sequence[dict[str, An
         outcome = generate_outputs(
             [pa.RecordBatch.from_pylist(chosen)], Path(folder), teacher_name=name, teacher=teacher, model=model,
             generations_dir=Path(folder, "generations"), device=pipeline.teacher_device, seed=pipeline.experiment.seed,
-            progress=lambda line: None,
+            progress=silent,
         )  # fmt: skip
         answers = [row for part in sorted(Path(folder).glob("part-*.parquet")) for row in pq.read_table(part).to_pylist()]
     by_prompt: dict[str, list[dict[str, Any]]] = {}
@@ -227,7 +228,7 @@ def _probe_student(pipeline: Pipeline, name: str, probe: TeacherProbe) -> tuple[
             Path(folder, "work"), student=recipe.model_copy(update={"stages": steps}), teacher=work.teacher_model(),
             init_model=work.model(recipe.init.model) if recipe.init.model else None,
             system=pipeline.experiment.teachers[work.teacher_name].system, device=pipeline.student_device,
-            seed=pipeline.experiment.seed, progress=lambda line: None,
+            seed=pipeline.experiment.seed, progress=silent,
         )  # fmt: skip
         return outcome.facts["seconds"] / max(outcome.counts["trained_tokens"], 1), int(outcome.facts["parameters"])
 

@@ -107,6 +107,10 @@ TRAINING_SCHEMA = pa.schema(
 )
 
 
+FUNNEL = ("prompts", "completions", "finished", "scored", "accepted")
+"""What a filtered set's manifest counts by domain, from all prompts to what trains a student."""
+
+
 def prompt_id(messages: Sequence[Mapping[str, str]]) -> str:
     """The id of a prompt: SHA-256 of its messages (role and content only), so that equal prompts are one prompt."""
     return sha256_of([{"role": message["role"], "content": message["content"]} for message in messages])

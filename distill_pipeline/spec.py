@@ -7,6 +7,9 @@ from pydantic import BaseModel, ConfigDict, StringConstraints
 NAME_PATTERN = r"^[a-z0-9]+(_[a-z0-9]+)*$"
 """Names become folders, asset keys and tag values: lower case, digits and single underscores cannot leave any of them."""
 
+ANY_DOMAIN = "*"
+"""Where settings are given by domain: every domain that has none of its own."""
+
 Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN, max_length=63)]
 
 

@@ -63,9 +63,7 @@ class ChunkFilter:
         ledger = Ledger(self.filter_name, self.rule)
         columns = {name: chunk.completions.column(name).to_pylist() for name in _READ_COLUMNS}
         rows = [dict(zip(_READ_COLUMNS, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        looks = screen(
-            columns["reasoning"], columns["answer"], chunk.starts, rule=self.rule, protected=self.protected
-        )  # fmt: skip
+        looks = screen(columns["reasoning"], columns["answer"], chunk.starts, rule=self.rule, protected=self.protected)
         scores = _scores_by_completion(chunk)
         judged: list[Verdict] = []
         kept: list[int] = []

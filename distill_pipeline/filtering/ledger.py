@@ -17,10 +17,10 @@ from distill_pipeline.filtering.rules import is_truncated
 from distill_pipeline.filtering.spec import FilterSpec
 from distill_pipeline.filtering.verdicts import REJECT_REASONS, Verdict, correct_of_known
 from distill_pipeline.outcome import Outcome
+from distill_pipeline.records import FUNNEL
 
 SAMPLES_PER_REASON = 3
 PASS_AT = (1, 2, 4, 8, 16, 32, 64)
-FUNNEL = ("prompts", "completions", "finished", "scored", "accepted")
 
 _SHOWN_CHARS = 300
 _ADVICE = {

@@ -10,12 +10,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 
-from distill_pipeline.spec import Spec
+from distill_pipeline.spec import ANY_DOMAIN, Spec
 
 ALGORITHM = "filtered_set/2"
 """Raise when the same rule would decide otherwise."""
 
-ANY_DOMAIN = "*"
 TEACHER_TOKENIZER = "teacher"
 
 DropRule = Literal[
@@ -207,25 +206,25 @@ def _merged(*levels: _WithPreset) -> FilterRule:
     return FilterRule.model_construct(**fields)
 
 
-_UNUSABLE = ("empty", "truncated", "refusal", "contaminated")
+_ALWAYS: tuple[DropRule, ...] = ("empty", "truncated", "refusal", "contaminated", "self_reference", "repetition")
 PRESETS: dict[PresetName, dict[str, Any]] = {
     "math": {
-        "drop": (*_UNUSABLE, "self_reference", "repetition", "near_duplicate"),
+        "drop": (*_ALWAYS, "near_duplicate"),
         "repetition": RepetitionSpec(reasoning="loops", answer="loops"),
         "near_duplicate": NearDuplicateSpec(threshold=0.8),
     },
     "code": {
-        "drop": (*_UNUSABLE, "self_reference", "repetition", "near_duplicate"),
+        "drop": (*_ALWAYS, "near_duplicate"),
         "repetition": RepetitionSpec(reasoning="gopher", answer="loops"),
         "near_duplicate": NearDuplicateSpec(threshold=0.9),
     },
     "chat": {
-        "drop": (*_UNUSABLE, "self_reference", "repetition", "near_duplicate"),
+        "drop": (*_ALWAYS, "near_duplicate"),
         "repetition": RepetitionSpec(reasoning="gopher", answer="gopher"),
         "near_duplicate": NearDuplicateSpec(threshold=0.8),
     },
     "short_answer": {
-        "drop": (*_UNUSABLE, "self_reference", "repetition", "duplicate"),
+        "drop": (*_ALWAYS, "duplicate"),
         "repetition": RepetitionSpec(reasoning="gopher", answer="loops"),
     },
 }

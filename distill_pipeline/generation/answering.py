@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,12 +76,12 @@ class AnsweringRun:
         """Generate, store batch after batch, and return what failed by key."""
         assert self.engine is not None, "the engine is loaded whenever a request is missing"
         sampling, failed = self.sampling, {}
-        prompts = {index: self._rendered(window[index]["messages"]) for index in dict.fromkeys(i for i, _ in missing)}
+        prompts = {index: rendered(self.renderer, window[index]["messages"]) for index in dict.fromkeys(i for i, _ in missing)}
         requests = []
         for index, key in missing:
             ids = prompts[index]
             if isinstance(ids, str):
-                failed[key] = _failure(Completion(key, "", (), "error", 0, 0, None, ids))
+                failed[key] = failure(ids)
             else:
                 requests.append(Request(key, ids))
         draw = Sampling(sampling.temperature, sampling.top_k, sampling.top_p)
@@ -94,16 +94,9 @@ class AnsweringRun:
             self._answered += len(batch)
             self.store.add(completions)
             self.store.flush_if_due()
-            failed.update((done.key, _failure(done)) for done in completions if done.finish_reason == "error")
+            failed.update(failures(completions))
             self._say()
         return failed
-
-    def _rendered(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...] | str:
-        """A prompt's ids, or why it cannot be rendered."""
-        try:
-            return tuple(self.renderer.prompt_ids(messages))
-        except ConfigError as err:
-            return f"render_failed: {err}"
 
     def _row(self, prompt_id: str, index: int, key: str, answer: dict[str, Any] | None) -> dict[str, Any]:
         if answer is None:
@@ -161,12 +154,27 @@ class AnsweringRun:
         }  # fmt: skip
 
 
-def _failure(done: Completion) -> dict[str, Any]:
-    """A failed completion in the form of a stored one, with its error."""
+def rendered(renderer: ChatRenderer, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...] | str:
+    """A prompt's ids, or the error of one that cannot be rendered."""
+    try:
+        return tuple(renderer.prompt_ids(messages))
+    except ConfigError as err:
+        return f"render_failed: {err}"
+
+
+def failure(error: str | None, *, prompt_tokens: int = 0, completion_tokens: int = 0) -> dict[str, Any]:
+    """A request that failed, in the form of a stored answer, with its error."""
     return {
-        "raw_text": "", "finish_reason": "error", "error": done.error, "prompt_tokens": done.prompt_tokens,
-        "completion_tokens": done.completion_tokens, "logprob": None,
+        "raw_text": "", "finish_reason": "error", "error": error, "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens, "logprob": None,
     }  # fmt: skip
+
+
+def failures(completions: Iterable[Completion]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(key, :func:`failure`) of those that failed."""
+    for done in completions:
+        if done.finish_reason == "error":
+            yield done.key, failure(done.error, prompt_tokens=done.prompt_tokens, completion_tokens=done.completion_tokens)
 
 
 def _duration(seconds: float) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from distill_pipeline.errors import ConfigError
+from distill_pipeline.generation.answering import failure, failures, rendered
 from distill_pipeline.generation.engine import Request, TransformersEngine
 from distill_pipeline.generation.requests import family_of, family_settings, request_key
 from distill_pipeline.generation.sampling import Sampling
@@ -57,18 +57,17 @@ class GreedyAnswers:
         failed: dict[str, Answer] = {}
         requests = []
         for key, messages in missing.items():
-            try:
-                requests.append(Request(key, tuple(self._renderer.prompt_ids(messages))))
-            except ConfigError as err:
-                failed[key] = {"raw_text": "", "finish_reason": "error", "error": f"render_failed: {err}"}
+            ids = rendered(self._renderer, messages)
+            if isinstance(ids, str):
+                failed[key] = failure(ids)
+            else:
+                requests.append(Request(key, ids))
         engine = self._engine = self._engine or self._loaded()
         for batch in engine.plan_batches(requests, max_tokens=self._max_tokens):
             completions = engine.run_batch(batch, max_tokens=self._max_tokens, sampling=Sampling())
             self._store.add(completions)
             self._store.flush_if_due()
-            for done in completions:
-                if done.finish_reason == "error":
-                    failed[done.key] = {"raw_text": "", "finish_reason": "error", "error": done.error}
+            failed.update(failures(completions))
         return failed
 
     def _loaded(self) -> TransformersEngine:

@@ -74,7 +74,7 @@ def load_model(path: Path, *, device: str = "cpu", dtype: str = "float32", trust
     Raises:
         ModelNotFoundError: no config.json, or no safetensors weights; other weight files are never opened.
     """
-    return _loaded(AutoModelForCausalLM, "causal language model", path, device, dtype, trust_remote_code)
+    return _loaded(AutoModelForCausalLM, "causal language model", path, device, dtype, trust_remote_code)[0]
 
 
 def load_classifier(path: Path, *, device: str = "cpu", dtype: str = "float32") -> Any:
@@ -83,17 +83,15 @@ def load_classifier(path: Path, *, device: str = "cpu", dtype: str = "float32") 
     Raises:
         ConfigError: the folder's model has no classification head that was trained: it would score at random.
     """
-    model, info = _loaded(AutoModelForSequenceClassification, "sequence classifier", path, device, dtype, False, report=True)
+    model, info = _loaded(AutoModelForSequenceClassification, "sequence classifier", path, device, dtype, False)
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:3])
         raise ConfigError(f"{path} is no sequence classifier: it has no weights for {missing}. Give a reward model.")
     return model
 
 
-def _loaded(
-    kind: Any, called: str, path: Path, device: str, dtype: str, trust_remote_code: bool, *, report: bool = False
-) -> Any:
-    """A model of a transformers class; with ``report`` also what transformers says of its weights."""
+def _loaded(kind: Any, called: str, path: Path, device: str, dtype: str, trust_remote_code: bool) -> tuple[Any, dict[str, Any]]:
+    """A model of a transformers class, and what transformers says of its weights."""
     device = resolve_device(device)
     if dtype == "auto":
         dtype = resolve_dtype(path, device)
@@ -107,5 +105,4 @@ def _loaded(
             )  # fmt: skip
     except (OSError, ValueError) as err:
         raise ModelNotFoundError(f"{path} holds no {called} that transformers can load: {err}") from err
-    model = model.to(device).eval()
-    return (model, info) if report else model
+    return model.to(device).eval(), info

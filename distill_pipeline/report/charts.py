@@ -4,7 +4,8 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from distill_pipeline.report.funnel import STAGES, histogram_rows, reason_rows
+from distill_pipeline.records import FUNNEL
+from distill_pipeline.report.funnel import histogram_rows, largest_domains, reason_rows
 from distill_pipeline.report.text import metric_text, one_line
 
 INK, MUTED, RULE = "#1f2933", "#6b7280", "#d9dde3"
@@ -75,19 +76,17 @@ def funnel_png(facts: Mapping[str, Any]) -> bytes:
 
 def _stages_panel(axes: Any, facts: Mapping[str, Any]) -> None:
     """Completions that reached each stage, one colour a domain while colours last."""
-    largest = sorted(facts["funnel"].items(), key=lambda item: (-item[1]["completions"], item[0]))
-    coloured, rest = largest[: len(DOMAIN_COLORS)], largest[len(DOMAIN_COLORS) :]
-    others = {stage: sum(found[stage] for _, found in rest) for stage in STAGES[1:]}
-    start = [0] * len(STAGES[1:])
+    coloured, num_others, others = largest_domains(facts, len(DOMAIN_COLORS))
+    start = [0] * len(FUNNEL[1:])
     for (domain, found), color in zip(
-        [*coloured, *([(f"{len(rest)} others", others)] if rest else [])], [*DOMAIN_COLORS, RULE], strict=False
+        [*coloured, *([(f"{num_others} others", others)] if num_others else [])], [*DOMAIN_COLORS, RULE], strict=False
     ):
-        widths = [found[stage] for stage in STAGES[1:]]
+        widths = [found[stage] for stage in FUNNEL[1:]]
         axes.barh(range(len(widths)), widths, left=start, height=0.6, color=color, label=_label(domain))
         start = [before + width for before, width in zip(start, widths, strict=True)]
-    axes.set_yticks(range(len(STAGES[1:])), STAGES[1:], fontsize=8)
+    axes.set_yticks(range(len(FUNNEL[1:])), FUNNEL[1:], fontsize=8)
     axes.invert_yaxis()
-    if len(largest) > 1:
+    if len(facts["funnel"]) > 1:
         axes.legend(fontsize=7, frameon=False, loc="lower right")
 
 

@@ -4,12 +4,12 @@ Everything comes from the facts that filtering wrote into its manifest (``funnel
 ``accepted_per_prompt``, ``samples``); a set made before they were written has none of them, and gives empty tables.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from distill_pipeline.records import FUNNEL
 from distill_pipeline.report.text import number, percent
 
-STAGES = ("prompts", "completions", "finished", "scored", "accepted")
 FACTS = ("funnel", "domain_reasons", "pass_at", "accepted_per_prompt", "samples")
 EVERY_DOMAIN = "all domains"
 MAX_DOMAINS = 24
@@ -23,18 +23,28 @@ def filter_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 def totals(facts: Mapping[str, Any]) -> dict[str, int]:
     """The funnel over all domains."""
-    return {stage: sum(found[stage] for found in facts["funnel"].values()) for stage in STAGES}
+    return _summed(facts["funnel"].values())
+
+
+def largest_domains(facts: Mapping[str, Any], most: int) -> tuple[list[tuple[str, dict[str, int]]], int, dict[str, int]]:
+    """The funnels of the largest domains, at most so many; how many others there are, and theirs together."""
+    domains = sorted(facts["funnel"].items(), key=lambda item: (-item[1]["completions"], item[0]))
+    rest = [found for _, found in domains[most:]]
+    return domains[:most], len(rest), _summed(rest)
+
+
+def _summed(funnels: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    funnels = list(funnels)
+    return {stage: sum(found[stage] for found in funnels) for stage in FUNNEL}
 
 
 def funnel_rows(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The funnel's stages by domain, largest first, and of all domains where there are several; with the share accepted."""
-    domains = sorted(facts["funnel"].items(), key=lambda item: (-item[1]["completions"], item[0]))
-    rows = [{"domain": domain, **found} for domain, found in domains[:MAX_DOMAINS]]
-    rest = domains[MAX_DOMAINS:]
-    if rest:
-        others = {stage: sum(found[stage] for _, found in rest) for stage in STAGES}
-        rows.append({"domain": f"{len(rest)} other domains", **others})
-    if len(domains) > 1:
+    domains, num_others, others = largest_domains(facts, MAX_DOMAINS)
+    rows: list[dict[str, Any]] = [{"domain": domain, **found} for domain, found in domains]
+    if num_others:
+        rows.append({"domain": f"{num_others} other domains", **others})
+    if len(facts["funnel"]) > 1:
         rows.append({"domain": EVERY_DOMAIN, **totals(facts)})
     return [{**row, "accepted_frac": row["accepted"] / row["completions"] if row["completions"] else None} for row in rows]
 

@@ -12,10 +12,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from distill_pipeline.records import FUNNEL
 from distill_pipeline.report.comparison import contrast_students, init_text, is_share_headline, shared_warnings
 from distill_pipeline.report.figures import count_rows, curve_plot, difference_row, gap_ruler, histogram_bars, score_chart
 from distill_pipeline.report.funnel import (
-    STAGES,
     funnel_rows,
     histogram_rows,
     largest_reasons,
@@ -230,9 +230,9 @@ def _filter_part(name: str, facts: Mapping[str, Any]) -> dict[str, Any]:
     """What one filter decided: the funnel by domain, reasons by domain, accepted per prompt, pass rates, samples."""
     domains, reasons = reason_rows(facts)
     return {
-        "name": name, "stages": STAGES, "domains": domains, "pass_text": pass_text(facts), "samples": sample_rows(facts),
+        "name": name, "stages": FUNNEL, "domains": domains, "pass_text": pass_text(facts), "samples": sample_rows(facts),
         "funnel": [
-            {"domain": row["domain"], "cells": [number(row[stage]) for stage in STAGES], "share": percent(row["accepted_frac"])}
+            {"domain": row["domain"], "cells": [number(row[stage]) for stage in FUNNEL], "share": percent(row["accepted_frac"])}
             for row in funnel_rows(facts)
         ],
         "reasons": [(reason.replace("_", " "), [number(n) if n else "" for n in counts]) for reason, counts in reasons],
@@ -243,7 +243,7 @@ def _filter_part(name: str, facts: Mapping[str, Any]) -> dict[str, Any]:
 def _filter_cells(row: Mapping[str, Any]) -> dict[str, Any]:
     rates = ", ".join(f"{name} {percent(rate)}" for name, rate in row["pass_at"].items())
     return {
-        "name": row["name"], "cells": [number(row[stage]) for stage in STAGES], "share": percent(row["accepted_frac"]),
+        "name": row["name"], "cells": [number(row[stage]) for stage in FUNNEL], "share": percent(row["accepted_frac"]),
         "per_prompt": number(row["per_prompt"]), "rates": rates or UNKNOWN,
         "reasons": largest_reasons(row["reasons"]),
     }  # fmt: skip

@@ -7,8 +7,9 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from distill_pipeline.records import FUNNEL
 from distill_pipeline.report.comparison import contrast_students, is_share_headline, shared_warnings
-from distill_pipeline.report.funnel import STAGES, funnel_rows, largest_reasons, pass_text, reason_rows
+from distill_pipeline.report.funnel import funnel_rows, largest_reasons, pass_text, reason_rows
 from distill_pipeline.report.text import (
     UNKNOWN,
     compact,
@@ -63,12 +64,12 @@ def student_markdown(report: Mapping[str, Any]) -> str:
 def funnel_markdown(facts: Mapping[str, Any]) -> str:
     """The funnel of a filtered set by domain, then its reasons by domain (``filter_facts``)."""
     rows = [
-        [row["domain"], *(number(row[stage]) for stage in STAGES), percent(row["accepted_frac"])] for row in funnel_rows(facts)
+        [row["domain"], *(number(row[stage]) for stage in FUNNEL), percent(row["accepted_frac"])] for row in funnel_rows(facts)
     ]
     domains, reasons = reason_rows(facts)
     shown = domains if len(domains) > 1 else []
     listed = [[reason, *(number(count) for count in counts[: 1 + len(shown)])] for reason, counts in reasons]
-    tables = [_table(["domain", *STAGES, "of completions"], rows)]
+    tables = [_table(["domain", *FUNNEL, "of completions"], rows)]
     return "\n\n".join(tables + ([_table(["first reason", "rejected", *shown], listed)] if listed else []))
 
 
@@ -95,11 +96,11 @@ def comparison_markdown(comparison: Mapping[str, Any]) -> str:
         parts.append(_table(["change", "students", f"difference in {comparison['label']}"], listed))
     if comparison["filters"]:
         listed = [
-            [row["name"], *(number(row[stage]) for stage in STAGES), percent(row["accepted_frac"]),
+            [row["name"], *(number(row[stage]) for stage in FUNNEL), percent(row["accepted_frac"]),
              ", ".join(f"{name} {percent(rate)}" for name, rate in row["pass_at"].items()), largest_reasons(row["reasons"])]
             for row in comparison["filters"]
         ]  # fmt: skip
-        parts.append(_table(["filter", *STAGES, "of completions", "pass rates", "largest reasons"], listed))
+        parts.append(_table(["filter", *FUNNEL, "of completions", "pass rates", "largest reasons"], listed))
     lines = [f"- {markdown_text(line, 600)}" for line in shared_warnings(comparison)]
     return "\n\n".join([*parts, *(["\n".join(lines)] if lines else [])]) + "\n"
 

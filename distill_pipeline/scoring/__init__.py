@@ -17,8 +17,9 @@ def score_answers(
     Args:
         kind: a built-in kind or ``package.module:function``.
         rows: mappings with ``answer`` and, where there is one, ``reference``. Scorers that read more take ``prompt`` (text) or
-            ``messages``, ``finish_reason``, ``completion_tokens`` and ``logprob`` as in the records; rows that follow each
-            other with equal prompts are samples of one prompt. Other keys are left alone.
+            ``messages``, ``metadata`` (the prompt's other columns, a mapping), ``finish_reason``, ``completion_tokens`` and
+            ``logprob`` as in the records; rows that follow each other with equal prompts are samples of one prompt. Other keys
+            are left alone.
         options: keyword arguments of the scorer. Models and what a judge said are kept in the user's cache folder.
     Raises:
         ConfigError: the kind or an option is unknown.

@@ -17,8 +17,8 @@ from distill_pipeline.scoring.kept import KeptScores, storable
 from distill_pipeline.scoring.opening import DomainScorers
 from distill_pipeline.scoring.registry import ScoreValue
 from distill_pipeline.scoring.rows import AnswerRow, OpenedScorer
+from distill_pipeline.spec import ANY_DOMAIN
 
-ANY_DOMAIN = "*"
 HISTOGRAM_BINS = 10
 
 CHUNK_ROWS = 2048

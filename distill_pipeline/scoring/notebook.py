@@ -1,15 +1,15 @@
 """What ``score_answers`` gives a scorer outside an experiment: rows from plain mappings, and models in the user's cache."""
 
 import json
-import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
+from distill_pipeline.outcome import silent
 from distill_pipeline.records import prompt_id
 from distill_pipeline.scoring.registry import resolve_scorer, scorer_models
 from distill_pipeline.scoring.rows import AnswerRow, ScoringContext
 from distill_pipeline.scoring.spec import ScorerSpec
+from distill_pipeline.storage.files import user_cache
 
 
 def notebook_rows(rows: Iterable[Mapping[str, Any]]) -> list[AnswerRow]:
@@ -34,11 +34,10 @@ def notebook_rows(rows: Iterable[Mapping[str, Any]]) -> list[AnswerRow]:
 def notebook_context(spec: ScorerSpec) -> ScoringContext:
     """The surroundings of one scorer; its model is found or fetched. Keeps no scores."""
     resolve_scorer(spec)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distill_pipeline"
-    models = {}
+    cache, models = user_cache(), {}
     for reference, revision in scorer_models({"": (spec,)}):
         from distill_pipeline.models.resolve import resolve_model
 
-        folder = resolve_model(reference, models_dir=cache / "models", revision=revision, progress=lambda line: None)
+        folder = resolve_model(reference, models_dir=cache / "models", revision=revision, progress=silent)
         models[reference, revision] = folder
     return ScoringContext(models=models, generations_dir=cache / "generations")

@@ -3,33 +3,22 @@
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from importlib import import_module
-from types import TracebackType
-from typing import Self
 
 from distill_pipeline.hashing import canonical_json
-from distill_pipeline.scoring.isolation import Bench
 from distill_pipeline.scoring.registry import Scorer, ScoreValue, resolve_scorer
-from distill_pipeline.scoring.rows import AnswerRow, OpenedScorer, OpenScorer, ScoringContext
+from distill_pipeline.scoring.rows import AnswerRow, BenchScorer, OpenedScorer, OpenScorer, ScoringContext
 from distill_pipeline.scoring.spec import ScorerSpec
+from distill_pipeline.scoring.worker import load
 
 DomainScorers = Mapping[str, Mapping[str, OpenedScorer]]
 """Scorers by domain and by the name they have in the rows."""
 
 
-class RowScorer(OpenedScorer):
+class RowScorer(BenchScorer):
     """A function of one row, run where it cannot hurt."""
 
     def __init__(self, scorer: Scorer, context: ScoringContext) -> None:
-        super().__init__(scorer, context)
-        self._bench = Bench(scorer)
-
-    def __enter__(self) -> Self:
-        self._bench.__enter__()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._bench.__exit__(kind, error, trace)
+        super().__init__(scorer, context, scorer)
 
     def score(self, rows: Sequence[AnswerRow]) -> list[ScoreValue]:
         return [
@@ -47,8 +36,7 @@ def open_scorer(spec: ScorerSpec, context: ScoringContext) -> OpenedScorer:
     scorer = resolve_scorer(spec)
     if scorer.is_row_function:
         return RowScorer(scorer, context)
-    module, _, name = scorer.target.partition(":")
-    opened: OpenScorer = getattr(import_module(module), name)
+    opened: OpenScorer = load(scorer.target)
     return opened(scorer, context)
 
 

@@ -13,7 +13,6 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from importlib import import_module
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from distill_pipeline.errors import ConfigError
 from distill_pipeline.scoring import rubrics
 from distill_pipeline.scoring.schemas import require_jsonschema, schema_fault
 from distill_pipeline.scoring.spec import ScorerSpec
+from distill_pipeline.scoring.worker import load
 
 SCORING = "distill_pipeline.scoring"
 
@@ -132,8 +132,7 @@ class Scorer:
     def function(self) -> Callable[..., ScoreValue]:
         """The function itself, for scorers that are not isolated."""
         assert not self.is_isolated, f"{self.kind} runs in a worker only"
-        module, _, name = self.target.partition(":")
-        found: Callable[..., ScoreValue] = getattr(import_module(module), name)
+        found: Callable[..., ScoreValue] = load(self.target)
         return found
 
 

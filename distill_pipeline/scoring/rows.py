@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 from distill_pipeline.errors import ConfigError
 from distill_pipeline.hashing import sha256_of, version_of
-from distill_pipeline.outcome import Progress
+from distill_pipeline.outcome import Progress, silent
+from distill_pipeline.scoring.isolation import Bench
 from distill_pipeline.scoring.kept import KeptScores
 from distill_pipeline.scoring.registry import Scorer, ScoreValue
 
@@ -51,10 +52,6 @@ class AnswerRow:
         return sha256_of([self.prompt_id, self.reference, self.metadata, self.answer])[:32]
 
 
-def _silent(line: str) -> None:
-    return None
-
-
 @dataclass(frozen=True)
 class ScoringContext:
     """What scorers need of their surroundings.
@@ -70,7 +67,7 @@ class ScoringContext:
     device: str = "auto"
     scores_dir: Path | None = None
     generations_dir: Path | None = None
-    progress: Progress = _silent
+    progress: Progress = silent
 
 
 class OpenedScorer(ABC):
@@ -106,6 +103,21 @@ class OpenedScorer(ABC):
     @abstractmethod
     def score(self, rows: Sequence[AnswerRow]) -> list[ScoreValue]:
         """The rows' scores, in order; rows without an answer are never given."""
+
+
+class BenchScorer(OpenedScorer):
+    """A scorer that has a function of one row run where it cannot hurt: its own, or one that it uses."""
+
+    def __init__(self, scorer: Scorer, context: ScoringContext, function: Scorer) -> None:
+        super().__init__(scorer, context)
+        self._bench = Bench(function)
+
+    def __enter__(self) -> Self:
+        self._bench.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bench.__exit__(kind, error, trace)
 
 
 OpenScorer = Callable[[Scorer, ScoringContext], OpenedScorer]

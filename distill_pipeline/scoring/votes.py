@@ -7,19 +7,16 @@ not find equal to itself, does not vote but counts in the total; failed requests
 from collections.abc import Sequence
 from fractions import Fraction
 from itertools import groupby
-from types import TracebackType
-from typing import Self
 
 from distill_pipeline.hashing import sha256_of
-from distill_pipeline.scoring.isolation import Bench
 from distill_pipeline.scoring.numbers import Quantity, final_part, quantities
 from distill_pipeline.scoring.registry import Scorer, ScoreValue, equality_of, resolve_scorer
-from distill_pipeline.scoring.rows import AnswerRow, OpenedScorer, ScoringContext
+from distill_pipeline.scoring.rows import AnswerRow, BenchScorer, ScoringContext
 from distill_pipeline.scoring.scorers import chosen_letter
 from distill_pipeline.scoring.spec import ScorerSpec
 
 
-class MajorityVote(OpenedScorer):
+class MajorityVote(BenchScorer):
     """1.0 for answers of the winning class, 0.0 for those of other classes, unknown for others and where none wins.
 
     Options: ``by``, the scorer that tells answers equal (default ``exact``, on the final answer) and ``by_options``;
@@ -29,19 +26,11 @@ class MajorityVote(OpenedScorer):
     scores_whole_prompts = True
 
     def __init__(self, scorer: Scorer, context: ScoringContext) -> None:
-        super().__init__(scorer, context)
         spec = ScorerSpec(kind=scorer.kind, options=dict(scorer.options), timeout_seconds=scorer.timeout_seconds)
-        self._bench = Bench(resolve_scorer(equality_of(spec)))
-        self._by = self._bench.scorer
+        self._by = resolve_scorer(equality_of(spec))
+        super().__init__(scorer, context, self._by)
         self._min_votes = scorer.options.get("min_votes", 2)
         self._min_share = scorer.options.get("min_share", 0.5)
-
-    def __enter__(self) -> Self:
-        self._bench.__enter__()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._bench.__exit__(kind, error, trace)
 
     def keys(self, rows: Sequence[AnswerRow]) -> list[str]:
         """A score depends on all samples of the prompt, whatever their order."""

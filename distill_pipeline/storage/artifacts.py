@@ -30,7 +30,7 @@ from pydantic import BaseModel, ConfigDict
 from distill_pipeline.errors import ConfigError, IntegrityError, MissingInputError
 from distill_pipeline.hashing import file_sha256, files_version, version_of
 from distill_pipeline.spec import NAME_PATTERN
-from distill_pipeline.storage.files import write_whole
+from distill_pipeline.storage.files import user_cache, write_whole
 
 MANIFEST = "manifest.json"
 LATEST = "latest.json"
@@ -245,8 +245,7 @@ class ArtifactStore:
 
     def local_folder(self, *parts: str) -> Path:
         """A folder of this machine that belongs to the store: under its root, or in the user's cache for a remote root."""
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distill_pipeline" / version_of(self.root)
-        folder = (Path(self.root) if self.is_local else cache).joinpath(*parts)
+        folder = (Path(self.root) if self.is_local else user_cache() / version_of(self.root)).joinpath(*parts)
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 

@@ -15,6 +15,11 @@ def write_whole(path: Path, text: str) -> None:
     os.replace(file.name, path)
 
 
+def user_cache() -> Path:
+    """This user's cache folder, for what can be made or fetched again; it may not exist yet."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distill_pipeline"
+
+
 def sync(path: Path) -> None:
     """Have a file's content, or a folder's list of names, reach the disk."""
     descriptor = os.open(path, os.O_RDONLY)
