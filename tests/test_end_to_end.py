@@ -207,6 +207,15 @@ def test_every_ancestor_of_a_student_is_in_its_own_folder(world: World) -> None:
     names = ("student_checkpoint/kl", "filtered_set/small/every", "teacher_outputs/small", "prompt_pool")
     for part in (*names, "mit", "source:prompts/"):
         assert part in text
+    for name in names:
+        artifact = world.pipeline().store.latest(name)
+        assert artifact is not None
+        lines = text.splitlines()
+        place = lines.index(f"{name}  {artifact.version}  [verified]")
+        assert lines[place + 1].strip() == ", ".join(
+            f"{key} {count:,}" for key, count in artifact.manifest.counts.items() if count
+        )
+    assert "(mit: free)" in text
     part = next((world.root / "teacher_outputs" / "small").glob("*/part-*.parquet"))
     part.write_bytes(part.read_bytes()[:-1] + b"x")
     broken = trace(open_folder(world.root / "student_checkpoint" / "kl"))

@@ -69,6 +69,8 @@ def test_find_needs_equal_code_inputs_and_seed(store: ArtifactStore) -> None:
     assert store.find("prompt_pool", making("code1", source="1").input_key)
     assert store.find("prompt_pool", making("code2", source="1").input_key) is None
     assert store.find("prompt_pool", making("code1", source="2").input_key) is None
+    other_seed = making("code1", source="1").model_copy(update={"seed": 1})
+    assert store.find("prompt_pool", other_seed.input_key) is None
 
 
 def test_a_folder_without_manifest_is_no_artifact_and_is_replaced(store: ArtifactStore) -> None:
@@ -100,6 +102,9 @@ def test_verify_names_the_first_file_that_differs(store: ArtifactStore) -> None:
     artifact.verify()
     (artifact.local_dir() / "words.txt").write_text("y")
     with pytest.raises(IntegrityError, match=r"words\.txt differs"):
+        artifact.verify()
+    (artifact.local_dir() / "words.txt").unlink()
+    with pytest.raises(IntegrityError, match=r"words\.txt is missing"):
         artifact.verify()
 
 
