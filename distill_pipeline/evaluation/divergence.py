@@ -7,13 +7,14 @@ says what accuracy cannot: whether the student imitates the teacher also where b
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from distill_pipeline.errors import VocabularyMismatchError
-from distill_pipeline.evaluation.forcing import IGNORED, Row, batches_of, completion_logits
+from distill_pipeline.evaluation.forcing import LOGIT_CELLS
 from distill_pipeline.losses import forward_kl
 from distill_pipeline.rendering import ChatRenderer
-
-MAX_ROWS = 16
-"""Sequences of a forward pass; the logits' size limits it further."""
+from distill_pipeline.training.batches import Example, micro_batches
+from distill_pipeline.training.layout import choose_layout, place_logits
 
 
 def held_out_divergence(
@@ -45,35 +46,36 @@ def held_out_divergence(
         _check_vocabularies(student, teacher, renderer, teacher_renderer)
     except VocabularyMismatchError as err:
         return {**unknown, "reason": str(err)}
-    rows = _answered_rows(renderer, samples)
-    if not rows:
+    examples = _answered_examples(renderer, samples)
+    if not examples:
         return {**unknown, "reason": "the evaluation has no task in which the teacher writes an answer"}
+    layout, _ = choose_layout([student, teacher], max(len(example.prompt) + example.num_tokens for example in examples))
     kl_sum, agreed, tokens = 0.0, 0, 0
-    for batch in batches_of(rows, vocab_size=vocabulary, max_rows=MAX_ROWS):
-        chosen = [rows[index] for index in batch]
-        teacher_logits, labels = completion_logits(teacher, chosen, device=device)
-        student_logits, _ = completion_logits(student, chosen, device=device)
-        kept = labels != IGNORED
-        teacher_rows = teacher_logits[..., :vocabulary][kept].float()
-        student_rows = student_logits[..., :vocabulary][kept].float()
-        count = len(teacher_rows)
-        kl_sum += float(forward_kl(student_rows[None], teacher_rows[None], labels[kept][None])) * count
-        agreed += int((teacher_rows.argmax(dim=-1) == student_rows.argmax(dim=-1)).sum())
-        tokens += count
+    for part in micro_batches(examples, layout=layout, max_tokens=LOGIT_CELLS // vocabulary, pad_id=renderer.end_token_id):
+        batch = part.to(device)
+        with torch.inference_mode():
+            teacher_PV = place_logits(teacher, batch)[:, :vocabulary].float()
+            student_PV = place_logits(student, batch)[:, :vocabulary].float()
+        # A place that several answers run through stands for as many tokens.
+        place_N = batch.targets.pair_position_N.repeat_interleave(batch.targets.pair_weight_N.long())
+        teacher_NV, student_NV = teacher_PV[place_N], student_PV[place_N]
+        kl_sum += float(forward_kl(student_NV[None], teacher_NV[None], torch.zeros_like(place_N)[None])) * len(place_N)
+        agreed += int((teacher_NV.argmax(dim=-1) == student_NV.argmax(dim=-1)).sum())
+        tokens += len(place_N)
     means = {"forward_kl": kl_sum / tokens, "top1_agreement": agreed / tokens}
-    return {**means, "tokens": tokens, "answers": len(rows), "reason": None}
+    return {**means, "tokens": tokens, "answers": len(examples), "reason": None}
 
 
-def _answered_rows(renderer: ChatRenderer, samples: Sequence[dict[str, Any]]) -> list[Row]:
+def _answered_examples(renderer: ChatRenderer, samples: Sequence[dict[str, Any]]) -> list[Example]:
     """Prompt and answer of each sample in which the teacher wrote one; an answer cut by the task is not ended."""
-    rows: list[Row] = []
-    for sample in samples:
+    examples: list[Example] = []
+    for index, sample in enumerate(samples):
         if sample.get("messages") is None or sample.get("finish_reason") in (None, "error"):
             continue
         answer = renderer.completion_ids(sample["answer"], finished=sample["finish_reason"] == "stop")
         if answer:
-            rows.append((renderer.prompt_ids(sample["messages"]), answer))
-    return rows
+            examples.append(Example(str(index), tuple(renderer.prompt_ids(sample["messages"])), (tuple(answer),)))
+    return examples
 
 
 def _check_vocabularies(student: Any, teacher: Any, renderer: ChatRenderer, teacher_renderer: ChatRenderer | None) -> None:

@@ -105,20 +105,23 @@ def _silent_tqdm(module: Any) -> Iterator[None]:
 
 @contextmanager
 def _read_once() -> Iterator[None]:
-    """Inside, a GGUF file's table of contents is read once: transformers asks for it anew for tokenizer, config and weights."""
+    """Inside, a GGUF file's table of contents is read once, and so is the table of tensor names.
+
+    transformers asks for the first anew for tokenizer, config and weights, and for the second for every module of the model.
+    """
     import gguf
 
-    before = gguf.GGUFReader
-    gguf.GGUFReader = lru_cache(before)
+    before = gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader, gguf.get_tensor_name_map = map(lru_cache, before)
     try:
         yield
     finally:
-        gguf.GGUFReader = before
+        gguf.GGUFReader, gguf.get_tensor_name_map = before
 
 
 def _license_of(file: Path) -> str | None:
     """The licence key that the file itself names."""
     from gguf import GGUFReader
 
-    field = GGUFReader(file).get_field("general.license")
+    field = GGUFReader(str(file)).get_field("general.license")
     return None if field is None else str(field.contents()).lower()

@@ -5,6 +5,7 @@ recurrent layers, attention kernels without masks) rule the shared layout out, a
 both layouts: if the hidden states differ, each completion gets a sequence of its own.
 """
 
+import inspect
 from typing import Any
 
 import torch
@@ -21,13 +22,28 @@ PROBE_TOLERANCE = 1e-3
 
 def hidden_states(model: Any, batch: MicroBatch) -> Tensor:
     """The (P, H) last hidden states of a causal language model at the places of ``batch`` that predict something."""
-    additive = getattr(model.config, "_attn_implementation", None) == "eager"
-    inputs = {"input_ids": batch.token_ids_ST, "attention_mask": batch.attention_mask(additive=additive)}
-    if batch.layout == "shared":
-        inputs["position_ids"] = batch.position_ids_ST
-    hidden_STH: Tensor = model.base_model(**inputs, use_cache=False).last_hidden_state
+    hidden_STH: Tensor = model.base_model(**_inputs(model, batch)).last_hidden_state
     # index_select: its gradient is a plain sum over rows, in a fixed order.
     return hidden_STH.flatten(0, 1).index_select(0, batch.places_P)
+
+
+def place_logits(model: Any, batch: MicroBatch) -> Tensor:
+    """The (P, V) logits at the same places, in the model's dtype: its own head's, whatever that does."""
+    width = batch.token_ids_ST.shape[1]
+    row_P, column_P = batch.places_P // width, batch.places_P % width
+    inputs = _inputs(model, batch)
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        inputs["logits_to_keep"], column_P = torch.unique(column_P, return_inverse=True)
+    logits: Tensor = model(**inputs).logits
+    return logits[row_P, column_P]
+
+
+def _inputs(model: Any, batch: MicroBatch) -> dict[str, Any]:
+    additive = getattr(model.config, "_attn_implementation", None) == "eager"
+    inputs = {"input_ids": batch.token_ids_ST, "attention_mask": batch.attention_mask(additive=additive), "use_cache": False}
+    if batch.layout == "shared":
+        inputs["position_ids"] = batch.position_ids_ST
+    return inputs
 
 
 def choose_layout(models: list[Any], longest: int) -> tuple[Layout, str]:

@@ -32,7 +32,7 @@ from distill_pipeline.training.loop import ModelPair, TrainingRun
 from distill_pipeline.training.spec import ALGORITHM, StudentSpec
 from distill_pipeline.training.student import InitialStudent, initial_student
 
-CALIBRATION_EXAMPLES = 48
+CALIBRATION_EXAMPLES = 24
 """Prompts, with one completion each, on which block influence is measured."""
 
 CURVE_SCHEMA = pa.schema(

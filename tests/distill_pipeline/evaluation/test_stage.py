@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 
 from distill_pipeline.errors import ConfigError
-from distill_pipeline.evaluation import forcing
+from distill_pipeline.evaluation import divergence
 from distill_pipeline.evaluation.stage import held_out_divergence
 from distill_pipeline.rendering import ChatRenderer
 
@@ -101,6 +101,7 @@ def test_divergence_is_forward_kl_over_every_token_of_the_teachers_answers(
     renderer = ChatRenderer(tokenizer)
     samples = evaluate("written", model=teacher)["samples"]
     samples[1] |= {"answer": "mice and seven", "finish_reason": "stop"}
+    samples.append(dict(samples[1]))  # the same answer to the same question counts twice
     kls: list[torch.Tensor] = []
     agreed: list[torch.Tensor] = []
     for sample in samples:
@@ -115,7 +116,7 @@ def test_divergence_is_forward_kl_over_every_token_of_the_teachers_answers(
     assert found["forward_kl"] == pytest.approx(float(torch.cat(kls).mean()), rel=1e-4)
     assert found["top1_agreement"] == pytest.approx(float(torch.cat(agreed).float().mean()))
     assert found["tokens"] == len(torch.cat(kls))
-    monkeypatch.setattr(forcing, "LOGIT_CELLS", 1)
+    monkeypatch.setattr(divergence, "LOGIT_CELLS", 1)
     in_small_batches = held_out_divergence(student, teacher, renderer, samples, "cpu")
     assert in_small_batches["forward_kl"] == pytest.approx(found["forward_kl"], rel=1e-5)
 
