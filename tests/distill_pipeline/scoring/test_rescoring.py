@@ -63,6 +63,10 @@ def test_only_what_changed_is_scored(tmp_path: Path, tiny_teacher_dir: Path, cou
         {"min_score": 0.0, "keep": "best_of_n"},
         {"min_score": 0.0, "keep": "shortest", "max_per_prompt": 2},
         {"min_score": 0.0, "drop": ["truncated", "refusal", "repetition", "empty", "duplicate"]},
+        {"preset": "short_answer"},
+        {"preset": "chat"},
+        {"preset": "chat", "domains": {"words": {"preset": "math"}}},
+        {"preset": "chat", "domains": {"words": {"preset": "code"}}},
         {},
     ]
     for rule in rules:
