@@ -44,9 +44,7 @@ class RayCluster:
         try:
             ray: Any = importlib.import_module("ray")
         except ImportError as err:
-            raise MissingExtraError(
-                "compute: {engine: ray} needs the package ray. Install it: pip install 'distill-pipeline[ray]'"
-            ) from err
+            raise MissingExtraError.of("compute: {engine: ray}", "ray", "ray") from err
         self._ray = ray
         if not ray.is_initialized():
             here: dict[str, Any] = {} if self._address else {"num_cpus": self._wanted, "include_dashboard": False}

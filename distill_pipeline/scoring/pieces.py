@@ -46,7 +46,7 @@ class PieceScorer:
         self._is_ready = False
 
     def __call__(self, piece: Piece) -> Answers:
-        """Raises ConfigError when one of the scorers cannot be loaded, or refuses to work on this machine."""
+        """Raises what the scorers raise when they are entered: ConfigError, MissingExtraError."""
         if piece.asked and not self._is_ready:
             for scorer in {id(scorer): scorer for scorer in self._scorers.values()}.values():
                 self._entered.enter_context(scorer)

@@ -65,6 +65,7 @@ def score_outputs(
         ConfigError: a scorer's module or function cannot be loaded, or its model is not of its kind.
         IntegrityError: a completion's prompt is not in the pool, or not in this order; or a part of the kept scores cannot
             be read.
+        MissingExtraError: the package of a scorer, or Ray where it is to work, is not installed.
         ComputeError: a worker was lost.
     """
     counts: Counter[str] = Counter()

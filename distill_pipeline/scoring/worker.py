@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from distill_pipeline.errors import ConfigError
+from distill_pipeline.errors import ConfigError, MissingExtraError
 
 
 def answer_of(value: Any) -> tuple[float | None, str]:
@@ -81,6 +81,9 @@ def main() -> None:
         if setup["start"]:
             load(setup["start"])()
             _end_with_caller()  # a process that gave up its rights has lost the tie as well
+    except MissingExtraError as err:
+        _reply(sink, {"missing": str(err)})
+        return
     except ConfigError as err:
         _reply(sink, {"refusal": str(err)})
         return
