@@ -9,7 +9,6 @@ Decided: an answer that ended by itself serves every ``max_tokens`` that holds i
 """
 
 import json
-import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from distill_pipeline.generation.engine import Completion
-from distill_pipeline.storage.files import write_whole
-from distill_pipeline.storage.parts import KeyIndex, part_files, read_part, remove_abandoned, write_part
+from distill_pipeline.storage.parts import KeyIndex, PartWriter, part_files, read_part, remove_abandoned
 
 STORED_SCHEMA = pa.schema(
     [
@@ -59,10 +57,8 @@ class GenerationStore:
         """
         self.folder = root / family
         self.max_tokens = max_tokens
-        self._flush_rows, self._flush_seconds = flush_rows, flush_seconds
-        self._waiting: list[dict[str, Any]] = []
-        self._flushed_at = time.monotonic()
-        self._settings = settings
+        about = "family.json", json.dumps(settings, indent=1, sort_keys=True)
+        self._writer = PartWriter(self.folder, STORED_SCHEMA, about=about, flush_rows=flush_rows, flush_seconds=flush_seconds)
         remove_abandoned(self.folder)
         self._parts = part_files(self.folder)
         self._index = KeyIndex()
@@ -82,32 +78,28 @@ class GenerationStore:
 
     def add(self, completions: Iterable[Completion]) -> None:
         """Take answers for the next flush; failed ones are not kept."""
-        for done in completions:
-            if done.finish_reason != "error":
-                self._waiting.append(
-                    {
-                        "request_key": done.key, "raw_text": done.text, "finish_reason": done.finish_reason,
-                        "prompt_tokens": done.prompt_tokens, "completion_tokens": done.completion_tokens,
-                        "max_tokens": self.max_tokens, "logprob": done.logprob,
-                    }
-                )  # fmt: skip
+        self._writer.add(
+            {
+                "request_key": done.key, "raw_text": done.text, "finish_reason": done.finish_reason,
+                "prompt_tokens": done.prompt_tokens, "completion_tokens": done.completion_tokens,
+                "max_tokens": self.max_tokens, "logprob": done.logprob,
+            }
+            for done in completions
+            if done.finish_reason != "error"
+        )  # fmt: skip
 
     def flush_if_due(self) -> None:
         """Call between batches: writes when enough rows wait or enough time has gone by."""
-        if len(self._waiting) >= self._flush_rows or time.monotonic() - self._flushed_at >= self._flush_seconds:
-            self.flush()
+        self._index_part(self._writer.flush_if_due())
 
     def flush(self) -> None:
         """Write the waiting rows as one part; after this call a crash cannot lose them."""
-        self._flushed_at = time.monotonic()
-        if not self._waiting:
-            return
-        if not (self.folder / "family.json").exists():
-            write_whole(self.folder / "family.json", json.dumps(self._settings, indent=1, sort_keys=True))
-        part = write_part(self.folder, pa.Table.from_pylist(self._waiting, schema=STORED_SCHEMA))
-        self._waiting.clear()
-        self._parts.append(part)
-        self._take([(len(self._parts) - 1, part)])
+        self._index_part(self._writer.flush())
+
+    def _index_part(self, part: Path | None) -> None:
+        if part is not None:
+            self._parts.append(part)
+            self._take([(len(self._parts) - 1, part)])
 
     def _take(self, parts: Iterable[tuple[int, Path]]) -> None:
         """Add the usable rows of parts to the index."""
