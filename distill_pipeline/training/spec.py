@@ -133,7 +133,7 @@ class TrainStageSpec(Spec):
         if self.divergence != "reverse_kl":
             raise ValueError(f"policy_gradient estimates reverse_kl and nothing else; divergence is {self.divergence}")
         if self.lambda_ != 1.0:
-            raise ValueError(f"policy_gradient learns from the student's own tokens only: set lambda_: 1 (it is {self.lambda_})")
+            raise ValueError(f"policy_gradient needs tokens that the student drew: set lambda_: 1 (it is {self.lambda_})")
         if rollouts.cuts or rollouts.temperature != self.kd_temperature:
             raise ValueError(
                 "policy_gradient needs tokens drawn from the distribution that it trains: leave out rollouts.top_k and "
