@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from distill_pipeline.errors import ConfigError, TrainingError
-from distill_pipeline.generation.decoders import decoder_for
+from distill_pipeline.generation.decoders import Decoder, PlainDecoder, decoder_for
 from distill_pipeline.generation.engine import Completion, Request, TransformersEngine
 from distill_pipeline.generation.sampling import Sampling
 from distill_pipeline.generation.shared_prefix import SharedPrefixDecoder
@@ -58,14 +58,9 @@ class StudentSampler:
         self._student, self._renderer, self._seed, self._limit = student, renderer, seed, limit
         self._use_bfloat16 = use_bfloat16
         with _evaluating(student):
-            self._decoder_type = type(decoder_for(student))
+            self.shares_prefixes = isinstance(decoder_for(student), SharedPrefixDecoder)
         self.num_tokens = 0
         self.seconds = 0.0
-
-    @property
-    def shares_prefixes(self) -> bool:
-        """Whether prompts are read once for all their completions."""
-        return issubclass(self._decoder_type, SharedPrefixDecoder)
 
     @property
     def tokens_per_second(self) -> float:
@@ -100,9 +95,8 @@ class StudentSampler:
 
     def _answers(self, requests: Sequence[Request], rollouts: RolloutSpec) -> dict[str, Completion]:
         """By key. A new decoder each time, so that no cache stays in memory while the student learns."""
-        engine = TransformersEngine(
-            self._student, self._renderer, batch_tokens=rollouts.batch_tokens, decoder=self._decoder_type(self._student)
-        )
+        decoder: Decoder = SharedPrefixDecoder(self._student) if self.shares_prefixes else PlainDecoder(self._student)
+        engine = TransformersEngine(self._student, self._renderer, batch_tokens=rollouts.batch_tokens, decoder=decoder)
         engine.context_tokens = self._limit
         sampling = Sampling(rollouts.temperature, rollouts.top_k, rollouts.top_p)
         with _evaluating(self._student), forward_precision(self._student.device.type, self._use_bfloat16):
