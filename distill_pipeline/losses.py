@@ -170,6 +170,34 @@ def cross_entropy_with_gradient(
     return loss_N, gradient_PV.index_put_(pairs, -pair_weight_N, accumulate=True)
 
 
+def policy_gradient_with_gradient(
+    log_q_PV: Tensor,
+    log_p_PV: Tensor,
+    pair_position_N: Tensor,
+    pair_target_N: Tensor,
+    pair_weight_N: Tensor,
+    *,
+    kd_temperature: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """The estimate of KL(q || p) from drawn tokens, (N,) float32, and the policy gradient of their weighted sum, (P, V).
+
+    The tokens y, (position, target) pairs, were drawn from q as it is now. c = log q(y) - log p(y) is an estimate of KL(q || p)
+    without bias, and -c is the advantage of y. The gradient is that of the sum of weight c log q(y) with c held constant, so by
+    the logits of a position it is the sum of weight c (onehot(y) - q). Its mean over y ~ q is q (log q - log p - KL(q || p)),
+    the gradient of reverse_kl: the mean of c's own gradient is zero, so c must not be differentiated. No importance ratio
+    is needed, because the policy that drew is the one that learns. Both results carry kd_temperature ** 2, and the
+    arguments are ``log_probs`` at that temperature; the memory of ``log_q_PV`` is used up.
+
+    Source: Gu et al. 2024, arXiv:2306.08543, equation 3, with the sum over later tokens left out.
+    """
+    pairs = (pair_position_N, pair_target_N)
+    cost_N = log_q_PV[pairs] - log_p_PV[pairs]
+    weighted_N = cost_N * pair_weight_N
+    weighted_P = log_q_PV.new_zeros(len(log_q_PV)).index_add_(0, pair_position_N, weighted_N)
+    gradient_PV = log_q_PV.exp_().mul_(-weighted_P[:, None]).index_put_(pairs, weighted_N, accumulate=True)
+    return cost_N * kd_temperature**2, gradient_PV.mul_(kd_temperature)
+
+
 class _ForwardKL(torch.autograd.Function):
     """Token-wise forward KL that keeps one (N, V) array for its backward pass instead of five."""
 

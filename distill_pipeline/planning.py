@@ -21,7 +21,7 @@ from distill_pipeline.outcome import silent
 from distill_pipeline.pipeline import Pipeline
 from distill_pipeline.records import TRAINING_SCHEMA
 from distill_pipeline.runners import RUNNERS
-from distill_pipeline.training.spec import StudentSpec
+from distill_pipeline.training.position import stage_load
 from distill_pipeline.work import Work, evaluation_documents_of
 
 PROBE_PROMPTS = 8
@@ -191,34 +191,36 @@ def _probe_teacher(pipeline: Pipeline, name: str, prompts: Sequence[dict[str, An
 
 
 def _plan_student(pipeline: Pipeline, name: str, prompts: Sequence[dict[str, Any]], probe: TeacherProbe | None) -> PlanLine:
-    """Completions a student sees at most, and the time from one measured step."""
+    """Completions a student sees at most, and the time from one measured step of each stage."""
     recipe = pipeline.experiment.students[name]
     a_prompt = 0
     for reference in recipe.data:
         teacher, rule = reference.split("/")
         n = pipeline.experiment.teachers[teacher].sampling.n
         a_prompt += max(min(n, part.most_per_prompt or n) for part in pipeline.experiment.filters[rule].rules())
-    epochs = sum(stage.epochs for stage in recipe.stages)
-    rows, note = int(len(prompts) * a_prompt * epochs), "if the filter accepts everything"
+    tokens_a_row = None if probe is None else probe.tokens_per_row
+    loads = [stage_load(stage, len(prompts), a_prompt, tokens_a_row) for stage in recipe.stages]
+    rows, rolled = sum(load.rows for load in loads), sum(load.rollouts for load in loads)
+    note = "if the filter accepts everything"
+    if rolled:
+        note += f"; {rolled:,} of its own, as long as they may be"
+    tokens = sum(load.tokens for load in loads)
     if probe is None:
-        return PlanLine(f"student_checkpoint/{name}", rows, 0, 0, None, note)
+        return PlanLine(f"student_checkpoint/{name}", rows, tokens, 0, None, note)
     seconds_a_token, parameters = _probe_student(pipeline, name, probe)
-    tokens = _stage_tokens(recipe, int(len(prompts) * a_prompt * probe.tokens_per_row))
     size = parameters * 4 * TRAINING_COPIES
-    return PlanLine(f"student_checkpoint/{name}", rows, tokens, size, tokens * seconds_a_token, note)
+    seconds = sum(load.tokens * cost for load, cost in zip(loads, seconds_a_token, strict=True))
+    return PlanLine(f"student_checkpoint/{name}", rows, tokens, size, seconds, note)
 
 
-def _stage_tokens(recipe: StudentSpec, data_tokens: int) -> int:
-    """Completion tokens that a student's stages train on: their budget, or their epochs of the data."""
-    return sum(int(data_tokens * s.epochs) if s.max_tokens is None else s.max_tokens for s in recipe.stages)
-
-
-def _probe_student(pipeline: Pipeline, name: str, probe: TeacherProbe) -> tuple[float, int]:
-    """(seconds a completion token, parameters) from one optimizer step on the probe's answers."""
+def _probe_student(pipeline: Pipeline, name: str, probe: TeacherProbe) -> tuple[list[float], int]:
+    """(seconds a completion token of each stage, parameters) from one optimizer step a stage on the probe's answers."""
     from distill_pipeline.training.stage import train_student
 
     recipe = pipeline.experiment.students[name]
-    steps = tuple(stage.model_copy(update={"max_steps": 1, "batch_prompts": PROBE_PROMPTS}) for stage in recipe.stages)
+    one_step: dict[str, Any] = {"max_steps": 1, "batch_prompts": PROBE_PROMPTS}
+    own = one_step | {"lambda_": 1.0}
+    steps = tuple(s.model_copy(update=own if s.method == "on_policy" and s.lambda_ else one_step) for s in recipe.stages)
     node = pipeline.node(f"student_checkpoint/{name}")
     work = _work(pipeline, node)
     pipeline.progress(f"probe: one step of {name}")
@@ -230,7 +232,9 @@ def _probe_student(pipeline: Pipeline, name: str, probe: TeacherProbe) -> tuple[
             system=pipeline.experiment.teachers[work.teacher_name].system, device=pipeline.student_device,
             seed=pipeline.experiment.seed, progress=silent,
         )  # fmt: skip
-        return outcome.facts["seconds"] / max(outcome.counts["trained_tokens"], 1), int(outcome.facts["parameters"])
+    facts = outcome.facts
+    costs = [seconds / max(tokens, 1) for seconds, tokens in zip(facts["stage_seconds"], facts["stage_tokens"], strict=True)]
+    return costs, int(facts["parameters"])
 
 
 def _training_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -81,7 +81,7 @@ def report_student(work: Work, out_dir: Path) -> Outcome:
     )
 
 
-TRAINING_FACTS = ("initial_loss", "final_loss", "kept_layers", "layout", "tokens_per_second", "resumed_from_step")
+TRAINING_FACTS = ("initial_loss", "final_loss", "kept_layers", "layout", "tokens_per_second", "resumed_from_step", "rollouts")
 
 
 def _origins(work: Work, checkpoint: Artifact) -> dict[str, Any]:

@@ -41,7 +41,7 @@ class Completion:
     ``finish_reason`` is ``stop`` (an end token was drawn), ``length`` (cut at max_tokens or at the end of the model's
     context) or ``error``; then ``error`` begins with its class and a colon, for instance ``prompt_too_long: ...``.
     ``completion_tokens`` and ``logprob`` (nats, see :func:`sample_tokens`) count the end token; ``text`` and ``token_ids``
-    are without it.
+    are without it, and ``end_token_id`` is which one it was.
     """
 
     key: str
@@ -52,6 +52,7 @@ class Completion:
     completion_tokens: int
     logprob: float | None
     error: str | None = None
+    end_token_id: int | None = None
 
 
 class TransformersEngine:
@@ -165,7 +166,10 @@ class TransformersEngine:
             error = "not_a_number: the model's logits are not finite; load it in float32 or check its weights"
             return Completion(request.key, "", (), "error", len(request.prompt_ids), 0, None, error)
         reason: FinishReason = "stop" if finished else "length"
-        return Completion(request.key, self.renderer.decode(ids), ids, reason, len(request.prompt_ids), count, logprob)
+        end = drawn[count - 1] if finished else None
+        return Completion(
+            request.key, self.renderer.decode(ids), ids, reason, len(request.prompt_ids), count, logprob, end_token_id=end
+        )
 
 
 def seed_of(key: str) -> int:

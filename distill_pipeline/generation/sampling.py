@@ -2,7 +2,8 @@
 
 Decided: softmax and sort over a whole vocabulary cost as much as the model's forward pass on a CPU, so all of it happens
 among the ``top_k`` likeliest tokens. The noise of a row comes from a counter-based generator, a function of the row's seed,
-the step and the token id alone: a draw depends neither on the rows beside it nor on which of them are left.
+the step and the token id alone: a draw depends neither on the rows beside it nor on which of them are left. Where nothing
+is cut off, one such number a row inverts the distribution function: noise for every token would cost a hundred times that.
 
 Axes: R rows, V vocabulary, K top-k.
 """
@@ -19,10 +20,13 @@ _MIX2 = -7723592293110705685  # 0x94D049BB133111EB
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. ``temperature`` 0 is greedy: the likeliest token, whatever top_k and top_p say."""
+    """How tokens are drawn. ``temperature`` 0 is greedy: the likeliest token, whatever top_k and top_p say.
+
+    ``top_k`` None is the whole vocabulary.
+    """
 
     temperature: float = 0.0
-    top_k: int = 50
+    top_k: int | None = 50
     top_p: float = 1.0
 
 
@@ -42,7 +46,9 @@ def sample_tokens(
     if sampling.temperature == 0.0:
         best_R, tokens_R = logits_RV.max(dim=-1)
         return tokens_R, best_R.float() - torch.logsumexp(logits_RV.float(), dim=-1)
-    top_RK, ids_RK = torch.topk(logits_RV, min(sampling.top_k, logits_RV.shape[-1]), dim=-1)
+    if sampling.top_k is None and sampling.top_p == 1.0:
+        return _sample_from_all(logits_RV, sampling.temperature, seeds_R, step)
+    top_RK, ids_RK = torch.topk(logits_RV, min(sampling.top_k or logits_RV.shape[-1], logits_RV.shape[-1]), dim=-1)
     logprobs_RK = torch.log_softmax(top_RK.float() / sampling.temperature, dim=-1)
     if sampling.top_p < 1.0:
         probs_RK = logprobs_RK.exp()
@@ -54,12 +60,27 @@ def sample_tokens(
     return ids_RK.gather(-1, choice_R1).squeeze(-1), logprobs_RK.gather(-1, choice_R1).squeeze(-1)
 
 
+def _sample_from_all(
+    logits_RV: torch.Tensor, temperature: float, seeds_R: torch.Tensor, step: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first token whose mass, with that of all before it, exceeds a uniform number; one without mass never is."""
+    logprobs_RV = torch.log_softmax(logits_RV.float() / temperature, dim=-1)
+    mass_RV = logprobs_RV.exp().cumsum(dim=-1, dtype=torch.float64)
+    uniform_R1 = _uniform(seeds_R, step, torch.zeros_like(seeds_R)[:, None])
+    tokens_R1 = torch.searchsorted(mass_RV, uniform_R1 * mass_RV[:, -1:], right=True).clamp_max(logits_RV.shape[-1] - 1)
+    return tokens_R1.squeeze(-1), logprobs_RV.gather(-1, tokens_R1).squeeze(-1)
+
+
 def gumbel_noise(seeds_R: torch.Tensor, step: int, ids_RK: torch.Tensor) -> torch.Tensor:
     """float32 (R, K) Gumbel noise, a function of each row's seed, the step and the token id."""
+    return -torch.log(-torch.log(_uniform(seeds_R, step, ids_RK))).float()
+
+
+def _uniform(seeds_R: torch.Tensor, step: int, ids_RK: torch.Tensor) -> torch.Tensor:
+    """float64 (R, K) in (0, 1), a function of each row's seed, the step and a number."""
     state_R1 = _mix(seeds_R.unsqueeze(-1) + _wrap(_GOLDEN * (step + 1)))
     bits_RK = _mix(state_R1 + ids_RK * _GOLDEN)
-    uniform_RK = (_shift(bits_RK, 11).double() + 0.5) * 2.0**-53
-    return -torch.log(-torch.log(uniform_RK)).float()
+    return (_shift(bits_RK, 11).double() + 0.5) * 2.0**-53
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:

@@ -82,6 +82,10 @@ class ExampleSet:
         """Tokens of the longest prompt with its longest completion."""
         return max(ends[1] - ends[0] + max(stop - start for start, stop in pairwise(ends[1:])) for ends in self._spans)
 
+    def longest_prompt(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(ends[1] - ends[0] for ends in self._spans)
+
     def __len__(self) -> int:
         return len(self._spans)
 

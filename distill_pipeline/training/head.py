@@ -12,6 +12,7 @@ Given up: heads that are more than a matrix (bias, soft-capping, scaling); ``pla
 Axes: P positions with a loss, N (position, target) pairs, H hidden width, V vocabulary.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,15 @@ import torch
 from torch import Tensor
 
 from distill_pipeline.errors import TrainingError
-from distill_pipeline.losses import cross_entropy_with_gradient, divergence_with_gradient, log_probs
+from distill_pipeline.losses import (
+    cross_entropy_with_gradient,
+    divergence_with_gradient,
+    log_probs,
+    policy_gradient_with_gradient,
+)
+
+POLICY_GRADIENT = "policy_gradient"
+"""In the place of a divergence: reverse_kl estimated from the targets, which the student drew itself."""
 
 CHUNK_TOKENS = 80
 """Tokens whose logits exist at once: fewer starve the matrix product, more cost memory and gain nothing."""
@@ -78,6 +87,7 @@ def head_loss(
     teacher_hidden_PH: Tensor | None = None,
     teacher_weight_VH: Tensor | None = None,
     divergence: str = "forward_kl",
+    options: Mapping[str, float] | None = None,
     kd_temperature: float = 1.0,
     ce_weight: float = 1.0,
     chunk_tokens: int = CHUNK_TOKENS,
@@ -88,6 +98,7 @@ def head_loss(
         hidden_PH: student's hidden states at positions with a loss; teacher's may have another width, on the same positions.
         num_tokens: completion tokens of the whole optimizer step, over all its micro-batches.
         teacher_hidden_PH, teacher_weight_VH: both or none; without them the loss is cross-entropy alone (ce_weight 1).
+        divergence, options: a name of :mod:`distill_pipeline.losses` with its own number, or ``policy_gradient``.
     Raises:
         ValueError: a teacher is missing although ce_weight is below 1, or the vocabularies' widths differ.
     """
@@ -96,7 +107,7 @@ def head_loss(
             raise ValueError(f"ce_weight is {ce_weight}, but there is no teacher to take the other share from")
     elif teacher_weight_VH.shape[0] != weight_VH.shape[0]:
         raise ValueError(f"the heads have {weight_VH.shape[0]} and {teacher_weight_VH.shape[0]} rows: cut both to one width")
-    settings = (num_tokens, divergence, kd_temperature, ce_weight, chunk_tokens)
+    settings = (num_tokens, divergence, dict(options or {}), kd_temperature, ce_weight, chunk_tokens)
     loss, kl, ce = _HeadLoss.apply(  # type: ignore[no-untyped-call]
         hidden_PH, weight_VH, teacher_hidden_PH, teacher_weight_VH, targets, settings
     )
@@ -112,9 +123,9 @@ class _HeadLoss(torch.autograd.Function):
         teacher_hidden_PH: Tensor | None,
         teacher_weight_VH: Tensor | None,
         targets: Targets,
-        settings: tuple[float, str, float, float, int],
+        settings: tuple[float, str, dict[str, float], float, float, int],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        num_tokens, divergence, kd_temperature, ce_weight, chunk_tokens = settings
+        num_tokens, divergence, options, kd_temperature, ce_weight, chunk_tokens = settings
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         matrix_VH = weight_VH.to(hidden_PH.dtype)
         teacher_VH = None if teacher_weight_VH is None else teacher_weight_VH.to(teacher_hidden_PH.dtype)  # type: ignore[union-attr]
@@ -127,8 +138,9 @@ class _HeadLoss(torch.autograd.Function):
             logits_CV = chunk_CH @ matrix_VH.T
             teacher_CV = None if teacher_VH is None else teacher_hidden_PH[start:stop] @ teacher_VH.T  # type: ignore[index]
             sums += _losses_in_place(
-                logits_CV, teacher_CV, targets.cut(start, stop), divergence, kd_temperature, ce_weight, 1.0 / num_tokens
-            )
+                logits_CV, teacher_CV, targets.cut(start, stop), divergence, options, kd_temperature, ce_weight,
+                1.0 / num_tokens,
+            )  # fmt: skip
             if grad_hidden_PH is not None:
                 torch.mm(logits_CV, matrix_VH, out=grad_hidden_PH[start:stop])
             if need_weight and grad_weight_VH is None:
@@ -157,8 +169,8 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def _losses_in_place(
-    logits_CV: Tensor, teacher_CV: Tensor | None, targets: Targets, divergence: str, kd_temperature: float,
-    ce_weight: float, scale: float,
+    logits_CV: Tensor, teacher_CV: Tensor | None, targets: Targets, divergence: str, options: dict[str, float],
+    kd_temperature: float, ce_weight: float, scale: float,
 ) -> Tensor:  # fmt: skip
     """(summed divergence, summed cross-entropy), float32; ``logits_CV`` becomes the gradient of ``scale`` times the loss."""
     rows = len(logits_CV) if logits_CV.is_cuda else max(1, BLOCK_ELEMENTS // logits_CV.shape[1])
@@ -167,13 +179,13 @@ def _losses_in_place(
         block_RV = logits_CV[start : start + rows]
         teacher_RV = None if teacher_CV is None else teacher_CV[start : start + rows]
         part = targets.cut(start, start + len(block_RV))
-        sums += _block_in_place(block_RV, teacher_RV, part, divergence, kd_temperature, ce_weight, scale)
+        sums += _block_in_place(block_RV, teacher_RV, part, divergence, options, kd_temperature, ce_weight, scale)
     return sums
 
 
 def _block_in_place(
-    block_RV: Tensor, teacher_RV: Tensor | None, targets: Targets, divergence: str, kd_temperature: float,
-    ce_weight: float, scale: float,
+    block_RV: Tensor, teacher_RV: Tensor | None, targets: Targets, divergence: str, options: dict[str, float],
+    kd_temperature: float, ce_weight: float, scale: float,
 ) -> Tensor:  # fmt: skip
     """The same for a few rows; a function of its own, so that its arrays are gone before the next rows take theirs."""
     pairs = (targets.pair_position_N, targets.pair_target_N, targets.pair_weight_N)
@@ -187,11 +199,17 @@ def _block_in_place(
     if kd_temperature != 1.0:
         log_q_RV = log_probs(block_RV, kd_temperature)
     log_p_RV = log_probs(teacher_RV, kd_temperature)
-    kl_R, kl_grad_RV = divergence_with_gradient(divergence, log_q_RV, log_p_RV, kd_temperature=kd_temperature)
-    block_RV.copy_(kl_grad_RV.mul_((targets.weight_P * ((1.0 - ce_weight) * scale))[:, None]))
+    if divergence == POLICY_GRADIENT:
+        kl_N, kl_grad_RV = policy_gradient_with_gradient(log_q_RV, log_p_RV, *pairs, kd_temperature=kd_temperature)
+        kl_sum = kl_N @ targets.pair_weight_N
+        block_RV.copy_(kl_grad_RV.mul_((1.0 - ce_weight) * scale))
+    else:
+        kl_R, kl_grad_RV = divergence_with_gradient(divergence, log_q_RV, log_p_RV, kd_temperature=kd_temperature, **options)
+        kl_sum = kl_R @ targets.weight_P
+        block_RV.copy_(kl_grad_RV.mul_((targets.weight_P * ((1.0 - ce_weight) * scale))[:, None]))
     if ce_grad_RV is not None:
         block_RV.add_(ce_grad_RV, alpha=ce_weight * scale)
-    return torch.stack([kl_R @ targets.weight_P, ce_sum])
+    return torch.stack([kl_sum, ce_sum])
 
 
 def plain_head(model: Any) -> Tensor:

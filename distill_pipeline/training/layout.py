@@ -5,6 +5,7 @@ recurrent layers, attention kernels without masks) rule the shared layout out, a
 both layouts: if the hidden states differ, each completion gets a sequence of its own.
 """
 
+import contextlib
 import inspect
 from typing import Any
 
@@ -18,6 +19,11 @@ MASKING_ATTENTION = {"sdpa", "eager"}
 
 PROBE_TOLERANCE = 1e-3
 """How far, relative to their largest entry, hidden states of the two layouts may lie apart (float32 rounding: 1e-6)."""
+
+
+def forward_precision(device_type: str, use_bfloat16: bool) -> contextlib.AbstractContextManager[Any]:
+    """What a student's forward passes run in: bfloat16 by autocast, or the weights' own float32."""
+    return torch.autocast(device_type, torch.bfloat16) if use_bfloat16 else contextlib.nullcontext()
 
 
 def hidden_states(model: Any, batch: MicroBatch) -> Tensor:

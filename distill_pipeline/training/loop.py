@@ -2,13 +2,13 @@
 
 The loss of a step is the sum over its completion tokens divided by their number, whatever the micro-batches. The data of
 step s of a stage follow from (seed, epoch) alone, so a run that is killed goes on from its last checkpoint with the same
-losses as one that was not. A loss or gradient that is not a number stops the run before the weights are touched.
+losses as one that was not. Where a stage asks for it, the student first answers a step's prompts itself, and all counts are
+those of its own tokens. A loss or gradient that is not a number stops the run before the weights are touched.
 
-Decided: AdamW with one state per stage; no weight decay on vectors (norms, biases); weights and losses in float32, on CUDA
-the forward passes in bfloat16. Given up: training a model that does not fit one device.
+Decided: AdamW with one state per stage, or that of the stage before where asked; no weight decay on vectors (norms, biases);
+weights and losses in float32, on CUDA the forward passes in bfloat16. Given up: training a model that does not fit one device.
 """
 
-import contextlib
 import math
 import time
 from collections.abc import Sequence
@@ -23,9 +23,10 @@ from distill_pipeline.errors import TrainingError
 from distill_pipeline.outcome import Progress
 from distill_pipeline.training.batches import Example, ExampleSet, Layout, MicroBatch, epoch_order, micro_batches
 from distill_pipeline.training.checkpoints import Checkpoint, save_checkpoint
-from distill_pipeline.training.head import head_loss
-from distill_pipeline.training.layout import hidden_states
+from distill_pipeline.training.head import POLICY_GRADIENT, head_loss
+from distill_pipeline.training.layout import forward_precision, hidden_states
 from distill_pipeline.training.position import StagePosition
+from distill_pipeline.training.rollouts import StudentSampler, answers_itself, rollouts_text
 from distill_pipeline.training.spec import TrainStageSpec
 
 PROGRESS_SECONDS = 5.0
@@ -75,31 +76,49 @@ class TrainingRun:
     checkpoint_state: dict[str, Any]
     checkpoint_seconds: float
     progress: Progress
+    sampler: StudentSampler | None = None
+    """Answers the prompts of on_policy stages."""
     curve: list[dict[str, Any]] = field(default_factory=list)
     trained_tokens: int = 0
     first_tokens: int = 0
     """Tokens that an earlier, interrupted run had trained."""
-    seconds: float = 0.0
+    stage_seconds: list[float] = field(default_factory=list)
+    """Of each stage, as far as this process trained it."""
+    _optimizer: torch.optim.Optimizer | None = None
 
     def run(self, resume: Checkpoint | None) -> None:
         """Train all stages; ``curve`` then has one row a step. With ``resume``, go on where that checkpoint stopped.
 
         Raises:
-            TrainingError: a loss or gradient is not a number.
+            TrainingError: a loss or gradient is not a number, or a stage needs a teacher or sampler that is not there.
         """
+        self._check_parts()
         first_stage = first_step = 0
         if resume is not None:
             self.curve, self.trained_tokens = list(resume.state["curve"]), resume.state["trained_tokens"]
             self.first_tokens = self.trained_tokens
             first_stage, first_step = resume.state["stage"], resume.state["step"]
+        self.stage_seconds = [0.0] * len(self.stages)
         for index in range(first_stage, len(self.stages)):
             self._run_stage(index, first_step if index == first_stage else 0, resume if index == first_stage else None)
+
+    def _check_parts(self) -> None:
+        for index, stage in enumerate(self.stages):
+            for part, needed, there in (
+                ("a teacher", stage.needs_teacher, self.models.teacher is not None),
+                ("a sampler", stage.method == "on_policy", self.sampler is not None),
+            ):
+                if needed and not there:
+                    raise TrainingError(f"stage {index + 1} ({stage.method}) needs {part}, and none was given")
 
     def _run_stage(self, index: int, first_step: int, resume: Checkpoint | None) -> None:
         stage, student = self.stages[index], self.models.student
         optimizer = make_optimizer(student, stage)
         if resume is not None:
-            resume.restore(student, optimizer if first_step else None)
+            resume.restore(student, optimizer if first_step or stage.keep_optimizer else None)
+        elif stage.keep_optimizer and self._optimizer is not None:
+            optimizer.state.update(self._optimizer.state)
+        self._optimizer = optimizer
         before = next((row["tokens"] for row in reversed(self.curve) if row["stage"] < index), 0)
         position = StagePosition.of(stage, len(self.examples), step=first_step, tokens=self.trained_tokens - before)
         saved_at = spoke_at = start = time.monotonic()
@@ -113,13 +132,13 @@ class TrainingRun:
                 rate = (self.trained_tokens - tokens_before) / max(now - start, 1e-9)
                 left = (now - start) / (position.share - share_before) * (1.0 - position.share)
                 self.progress(f"{stage.method} {position}, loss {self.curve[-1]['loss']:.4f}, "
-                              f"{rate:.0f} tokens/s, {left:.0f} s left")  # fmt: skip
+                              f"{rate:.0f} tokens/s, {left:.0f} s left{rollouts_text(self.sampler, self.curve)}")  # fmt: skip
                 spoke_at = now
             if now - saved_at >= pause and not position.is_over:
                 self._save(index, position.step, optimizer)
                 saved_at = time.monotonic()
                 pause = max(self.checkpoint_seconds, (saved_at - now) / CHECKPOINT_SHARE)
-        self.seconds += time.monotonic() - start
+        self.stage_seconds[index] = time.monotonic() - start
         if index + 1 < len(self.stages):
             self._save(index + 1, 0, optimizer)
 
@@ -127,6 +146,10 @@ class TrainingRun:
         self, index: int, position: StagePosition, batch: Sequence[Example], optimizer: torch.optim.Optimizer
     ) -> None:
         stage, student = self.stages[index], self.models.student
+        rolled = None
+        if self.sampler is not None and answers_itself(stage, seed=self.seed, index=index, step=position.step):
+            rolled = self.sampler.roll_out(batch, stage.rollouts, stage=index, step=position.step)
+            batch, stage = rolled.examples, stage.model_copy(update={"ce_weight": 0.0})
         rate = position.next_rate(sum(example.num_tokens for example in batch))
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -147,8 +170,8 @@ class TrainingRun:
         position.advance(result.num_tokens)
         self.curve.append({
             "step": len(self.curve) + 1, "stage": index, "method": stage.method, "loss": result.loss,
-            "kl": result.kl if stage.method == "logit_kd" else None, "ce": result.ce, "lr": rate, "grad_norm": norm,
-            "tokens": self.trained_tokens,
+            "kl": result.kl if stage.needs_teacher else None, "ce": result.ce, "lr": rate, "grad_norm": norm,
+            "tokens": self.trained_tokens, **(rolled.row() if rolled is not None else {}),
         })  # fmt: skip
 
     def _save(self, stage: int, step: int, optimizer: torch.optim.Optimizer) -> None:
@@ -181,28 +204,26 @@ def accumulate_gradients(
 
 
 def _micro_step(models: ModelPair, part: MicroBatch, stage: TrainStageSpec, num_tokens: int, use_bfloat16: bool) -> Tensor:
-    def cast() -> contextlib.AbstractContextManager[Any]:
-        return torch.autocast(part.token_ids_ST.device.type, torch.bfloat16) if use_bfloat16 else contextlib.nullcontext()
-
-    is_kd = stage.method == "logit_kd"
+    device_type = part.token_ids_ST.device.type
     teacher_hidden_PH = None
-    if is_kd:
-        with torch.inference_mode(), cast():
+    if stage.needs_teacher:
+        with torch.inference_mode(), forward_precision(device_type, use_bfloat16):
             teacher_hidden_PH = hidden_states(models.teacher, part)
-    with cast():
+    with forward_precision(device_type, use_bfloat16):
         hidden_PH = hidden_states(models.student, part)
     if use_bfloat16:
         hidden_PH = hidden_PH.to(torch.bfloat16)
         teacher_hidden_PH = None if teacher_hidden_PH is None else teacher_hidden_PH.to(torch.bfloat16)
-    student_VH, teacher_VH = models.student_head_VH, models.teacher_head_VH if is_kd else None
+    student_VH, teacher_VH = models.student_head_VH, models.teacher_head_VH if stage.needs_teacher else None
     if len(student_VH) != models.vocab_width:
         student_VH = student_VH[: models.vocab_width]
     if teacher_VH is not None:
         teacher_VH = teacher_VH[: models.vocab_width]
     result = head_loss(
         hidden_PH, student_VH, part.targets, num_tokens=num_tokens, teacher_hidden_PH=teacher_hidden_PH,
-        teacher_weight_VH=teacher_VH, divergence=stage.divergence,
-        kd_temperature=stage.kd_temperature, ce_weight=stage.ce_weight if is_kd else 1.0,
+        teacher_weight_VH=teacher_VH, options=stage.divergence_options,
+        divergence=POLICY_GRADIENT if stage.objective == "policy_gradient" else stage.divergence,
+        kd_temperature=stage.kd_temperature, ce_weight=stage.ce_weight if stage.needs_teacher else 1.0,
     )  # fmt: skip
     result.loss.backward()  # type: ignore[no-untyped-call]
     return torch.stack([result.loss.detach(), result.divergence, result.cross_entropy])

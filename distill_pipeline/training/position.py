@@ -65,6 +65,37 @@ def stage_steps(stage: TrainStageSpec, num_examples: int) -> int | None:
     return steps if stage.max_steps is None else min(steps, stage.max_steps)
 
 
+@dataclass(frozen=True)
+class StageLoad:
+    """What one training stage sees at most: completions, those among them that the student makes, and their tokens."""
+
+    rows: int
+    rollouts: int
+    tokens: int
+
+
+def stage_load(stage: TrainStageSpec, num_prompts: int, a_prompt: int, tokens_a_row: float | None) -> StageLoad:
+    """A stage over ``num_prompts`` with ``a_prompt`` completions of ``tokens_a_row`` tokens each (None: not known).
+
+    A stage that ends by tokens trains on its budget; unknown lengths of the data count as no tokens. Rollouts count as
+    ``rollouts.max_tokens`` long, which is what an untrained student makes of them.
+    """
+    if not num_prompts:
+        return StageLoad(0, 0, 0)
+    own_frac = stage.lambda_ if stage.method == "on_policy" else 0.0
+    rollouts_a_prompt, rows_a_prompt = own_frac * stage.rollouts.samples, (1.0 - own_frac) * a_prompt
+    tokens_a_prompt = rollouts_a_prompt * stage.rollouts.max_tokens + rows_a_prompt * (tokens_a_row or 0.0)
+    steps = stage_steps(stage, num_prompts)
+    # Steps are as many as cover the prompts of an epoch, and the last one of an epoch may be smaller.
+    seen = math.inf if steps is None else steps * num_prompts / math.ceil(num_prompts / stage.batch_prompts)
+    if stage.max_tokens is not None and (steps is None or seen * tokens_a_prompt > stage.max_tokens):
+        seen = stage.max_tokens / tokens_a_prompt if tokens_a_prompt else stage.epochs * num_prompts
+        return StageLoad(int(seen * (rollouts_a_prompt + rows_a_prompt)), int(seen * rollouts_a_prompt), stage.max_tokens)
+    return StageLoad(
+        int(seen * (rollouts_a_prompt + rows_a_prompt)), int(seen * rollouts_a_prompt), int(seen * tokens_a_prompt)
+    )
+
+
 def learning_rate(stage: TrainStageSpec, done: int, whole: int, size: int = 1) -> float:
     """Rises linearly over the first ``warmup_frac`` of the way, then follows ``schedule`` down to zero (or stays).
 

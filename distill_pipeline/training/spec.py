@@ -1,8 +1,9 @@
 """The ``students`` part of an experiment file."""
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, StringConstraints, model_serializer, model_validator
 
 from distill_pipeline.spec import Spec
 
@@ -10,6 +11,14 @@ ALGORITHM = "student_checkpoint/1"
 """Raise when the same data and settings would train other weights."""
 
 DataRef = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]+(_[a-z0-9]+)*/[a-z0-9]+(_[a-z0-9]+)*$")]
+
+
+Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd", "akl"]
+
+DIVERGENCE_OPTION: Mapping[str, Literal["alpha", "beta", "mu"]] = {
+    "jsd": "beta", "skew_forward_kl": "alpha", "skew_reverse_kl": "alpha", "akl": "mu",
+}  # fmt: skip
+"""The number that a divergence of :mod:`distill_pipeline.losses` takes beside the logits, where it takes one."""
 
 
 class PruneSpec(Spec):
@@ -40,14 +49,49 @@ class InitSpec(Spec):
         return self
 
 
-class TrainStageSpec(Spec):
-    """One stage of a student's training. Stages run in order."""
+class RolloutSpec(Spec):
+    """How a student answers while it is trained. The defaults draw from its own distribution, nothing cut off."""
 
-    method: Literal["sft", "logit_kd"]
+    samples: int = Field(4, ge=1, le=4096, description="completions a prompt")
+    temperature: float = Field(1.0, ge=0.0, le=10.0, description="0 is greedy, and then samples must be 1")
+    top_k: int | None = Field(None, ge=1, description="sampled among this many likeliest tokens; null is all")
+    top_p: float = Field(1.0, gt=0.0, le=1.0, description="and among the likeliest tokens that hold this mass")
+    max_tokens: int = Field(128, ge=1, le=131_072, description="longest completion, its end token included")
+    batch_tokens: int = Field(16_384, ge=256, description="most tokens of a generation batch, prompts and answers")
+
+    @model_validator(mode="after")
+    def _greedy_once(self) -> "RolloutSpec":
+        if self.temperature == 0.0 and self.samples > 1:
+            raise ValueError(f"temperature 0 is greedy, {self.samples} samples would be equal; set samples: 1")
+        return self
+
+    @property
+    def cuts(self) -> bool:
+        """Whether some tokens can never be drawn."""
+        return self.top_k is not None or self.top_p < 1.0
+
+
+class TrainStageSpec(Spec):
+    """One stage of a student's training. Stages run in order.
+
+    ``sft`` learns the data's tokens and ``logit_kd`` the teacher's distribution on them; ``on_policy`` learns the teacher's
+    distribution on what the student itself answers to the data's prompts.
+    """
+
+    method: Literal["sft", "logit_kd", "on_policy"]
     signal: Literal["online"] = Field("online", description="where logit_kd gets the teacher's distribution")
-    divergence: Literal["forward_kl"] = "forward_kl"
+    divergence: Divergence = "forward_kl"
+    beta: float = Field(0.5, ge=0.0, le=1.0, description="jsd's weight of the teacher in the mixture; 1 is reverse_kl")
+    alpha: float = Field(0.1, ge=0.0, le=1.0, description="how much of its first argument a skewed divergence mixes in")
+    mu: float = Field(0.5, ge=0.0, le=1.0, description="the teacher's mass that akl calls the head")
     kd_temperature: float = Field(1.0, gt=0.0, description="divides both models' logits; its square scales the divergence")
-    ce_weight: float = Field(0.0, ge=0.0, le=1.0, description="share of cross-entropy on the data's tokens in logit_kd")
+    ce_weight: float = Field(0.0, ge=0.0, le=1.0, description="share of cross-entropy on the data's tokens beside a teacher")
+    lambda_: float = Field(1.0, ge=0.0, le=1.0, description="share of the steps of on_policy that the student answers itself")
+    objective: Literal["divergence", "policy_gradient"] = Field(
+        "divergence", description="the divergence of the whole distributions, or its estimate from the drawn tokens alone"
+    )
+    rollouts: RolloutSpec = RolloutSpec()
+    keep_optimizer: bool = Field(False, description="go on with the optimizer's state of the stage before")
     epochs: float = Field(1.0, gt=0.0)
     max_steps: int | None = Field(None, ge=1, description="stop after this many optimizer steps")
     max_tokens: int | None = Field(
@@ -62,6 +106,51 @@ class TrainStageSpec(Spec):
     weight_decay: float = Field(0.0, ge=0.0)
     clip_norm: float | None = Field(1.0, gt=0.0)
 
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the teacher reads along."""
+        return self.method in {"logit_kd", "on_policy"}
+
+    @property
+    def divergence_options(self) -> dict[str, float]:
+        """The divergence's own number, by its name."""
+        name = DIVERGENCE_OPTION.get(self.divergence)
+        return {} if name is None else {name: getattr(self, name)}
+
+    @model_validator(mode="after")
+    def _no_setting_in_vain(self) -> "TrainStageSpec":
+        if vain := sorted(self._unread() & self.model_fields_set):
+            raise ValueError(f"{', '.join(vain)}: not read by method {self.method} with divergence {self.divergence}")
+        if self.method == "on_policy" and self.lambda_ == 1.0 and self.ce_weight > 0.0:
+            raise ValueError(f"ce_weight is {self.ce_weight}, but with lambda_ 1 no step sees the data's tokens")
+        if self.objective == "policy_gradient":
+            self._check_policy_gradient()
+        return self
+
+    def _check_policy_gradient(self) -> None:
+        """Its expectation is reverse_kl's gradient only over tokens drawn from the very distribution that is trained."""
+        rollouts = self.rollouts
+        if self.divergence != "reverse_kl":
+            raise ValueError(f"policy_gradient estimates reverse_kl and nothing else; divergence is {self.divergence}")
+        if self.lambda_ != 1.0:
+            raise ValueError(f"policy_gradient needs tokens that the student drew: set lambda_: 1 (it is {self.lambda_})")
+        if rollouts.cuts or rollouts.temperature != self.kd_temperature:
+            raise ValueError(
+                "policy_gradient needs tokens drawn from the distribution that it trains: leave out rollouts.top_k and "
+                f"rollouts.top_p, and set rollouts.temperature to kd_temperature ({self.kd_temperature})"
+            )
+
+    def _unread(self) -> set[str]:
+        """Settings of other methods and divergences."""
+        unread = {"alpha", "beta", "mu"} - (self.divergence_options.keys() if self.needs_teacher else set())
+        return unread if self.method == "on_policy" else unread | {"lambda_", "objective", "rollouts"}
+
+    @model_serializer(mode="wrap")
+    def _without_unread(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Settings that this stage does not read decide nothing, so they are in no manifest and no version."""
+        hidden = self._unread() | (set() if self.keep_optimizer else {"keep_optimizer"})
+        return {name: value for name, value in handler(self).items() if name not in hidden}
+
 
 class StudentSpec(Spec):
     """One student: its data (``teacher/filter``, several for several teachers), its first weights, its training."""
@@ -72,3 +161,19 @@ class StudentSpec(Spec):
     max_length: int = Field(
         2048, ge=16, description="longest prompt plus completion in tokens; longer ones are left out, counted"
     )
+
+    @model_validator(mode="after")
+    def _first_stage_has_none_before(self) -> "StudentSpec":
+        if self.stages[0].keep_optimizer:
+            raise ValueError("stages.0.keep_optimizer: no stage comes before the first; leave it out there")
+        return self
+
+    @model_validator(mode="after")
+    def _rollouts_fit(self) -> "StudentSpec":
+        for index, stage in enumerate(self.stages):
+            if stage.method == "on_policy" and stage.rollouts.max_tokens >= self.max_length:
+                raise ValueError(
+                    f"stages.{index}.rollouts.max_tokens is {stage.rollouts.max_tokens}, and prompt and completion together "
+                    f"may have max_length={self.max_length} tokens; lower the first or raise the second"
+                )
+        return self

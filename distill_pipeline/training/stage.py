@@ -1,8 +1,9 @@
 """Train one student: from accepted completions and a teacher to a model folder with its training curve.
 
 Writes ``model.safetensors``, ``config.json``, the tokenizer's files and ``curve.parquet`` (one row an optimizer step: step
-from 1, stage from 0, method, loss, kl (null in sft), ce, lr, grad_norm, tokens seen so far; losses in nats a token). Times
-are facts, never in a file, so that equal runs leave equal files.
+from 1, stage from 0, method, loss, kl (the stage's divergence; null in sft), ce, lr, grad_norm, tokens seen so far; losses in
+nats a token; with an on_policy stage also the step's rollouts, their mean tokens and the share that was truncated, null where
+there were none). Times are facts, never in a file, so that equal runs leave equal files.
 
 Decided: where student and teacher give the same meaning to every token id, both use the teacher's tokenizer and chat
 template, so they see the same tokens that generation saw. Otherwise the student keeps its own, and only sft is possible.
@@ -11,6 +12,7 @@ template, so they see the same tokens that generation saw. Otherwise the student
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from distill_pipeline.training.checkpoints import Checkpoint, latest_checkpoint,
 from distill_pipeline.training.head import plain_head
 from distill_pipeline.training.layout import choose_layout
 from distill_pipeline.training.loop import ModelPair, TrainingRun
+from distill_pipeline.training.rollouts import StudentSampler, length_limit, rollout_facts
 from distill_pipeline.training.spec import ALGORITHM, StudentSpec
 from distill_pipeline.training.student import InitialStudent, initial_student
 
@@ -41,6 +44,11 @@ CURVE_SCHEMA = pa.schema(
         ("ce", pa.float64()), ("lr", pa.float64()), ("grad_norm", pa.float64()), ("tokens", pa.int64()),
     ]
 )  # fmt: skip
+
+ROLLOUT_SCHEMA = pa.schema(
+    [("rollouts", pa.int64()), ("rollout_mean_tokens", pa.float64()), ("rollout_truncated_frac", pa.float64())]
+)
+"""Further columns of the curve of a student with an on_policy stage."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +86,8 @@ def train_student(
         checkpoint_seconds: at least so long between two checkpoints.
     Raises:
         TrainingError: nothing to train on, an architecture this cannot train, or a loss that is not a number.
-        VocabularyMismatchError: logit_kd with models whose token ids mean different things.
+        VocabularyMismatchError: a stage needs the teacher, and the models' token ids mean different things.
+        ConfigError: rollouts do not fit the models' contexts.
     """
     device = resolve_device(device)
     text = _read_text(training_batches, student, teacher, init_model, system)
@@ -94,15 +103,16 @@ def train_student(
     torch.manual_seed(seed)
     initial = _initial(student, teacher, init_model, text, seed, device, resume)
     progress(f"student: {initial.facts['parameters']:,} parameters, {initial.facts['share']:.0%} of the teacher's")
-    needs_teacher = any(stage.method == "logit_kd" for stage in student.stages)
+    needs_teacher = any(stage.needs_teacher for stage in student.stages)
     use_bfloat16 = torch.device(device).type == "cuda"
     pair = _pair(initial.model, teacher if needs_teacher else None, text, device, use_bfloat16)
     models = [model for model in (pair.student, pair.teacher) if model is not None]
-    layout, reason = choose_layout(models, text.examples.longest())
+    sampler, longest = _sampler(student, models, text, seed, use_bfloat16)
+    layout, reason = choose_layout(models, longest)
     hash_before = parameters_sha256(pair.teacher) if pair.teacher is not None else None
     run = TrainingRun(
         pair, student.stages, text.examples, layout, text.renderer.end_token_id, seed, device, use_bfloat16, checkpoint_dir,
-        {"run_key": run_key, "init": initial.facts}, checkpoint_seconds, progress,
+        {"run_key": run_key, "init": initial.facts}, checkpoint_seconds, progress, sampler,
     )  # fmt: skip
     run.run(resume)
     hash_after = parameters_sha256(pair.teacher) if pair.teacher is not None else None
@@ -137,7 +147,7 @@ def _read_text(
     if init_model is not None:
         own = load_tokenizer(init_model.path)
         differing = different_ids(own.get_vocab(), tokenizer.get_vocab())
-        if differing and any(stage.method == "logit_kd" for stage in student.stages):
+        if differing and any(stage.needs_teacher for stage in student.stages):
             raise VocabularyMismatchError(
                 f"{init_model.reference} and {teacher.reference} give different meanings to {len(differing)} token ids, for "
                 f"instance {', '.join(differing[:5])}. Use sft, or a student with the teacher's tokenizer."
@@ -189,20 +199,42 @@ def _pair(model: Any, teacher: ModelFolder | None, text: _Text, device: str, use
     return ModelPair(model, head_VH, width, frozen, teacher_head_VH)
 
 
+def _sampler(
+    student: StudentSpec, models: Sequence[Any], text: _Text, seed: int, use_bfloat16: bool
+) -> tuple[StudentSampler | None, int]:
+    """Who answers in on_policy stages, and the most tokens that any sequence of the training has."""
+    own = [stage for stage in student.stages if stage.method == "on_policy"]
+    if not own:
+        return None, text.examples.longest()
+    longest_prompt = text.examples.longest_prompt()
+    limit = length_limit(student.stages, models, max_length=student.max_length, longest_prompt=longest_prompt)
+    rolled = min(limit, longest_prompt + max(stage.rollouts.max_tokens for stage in own))
+    sampler = StudentSampler(models[0], text.renderer, seed=seed, limit=limit, use_bfloat16=use_bfloat16)
+    return sampler, max(text.examples.longest(), rolled)
+
+
 def _write_student(model: Any, tokenizer: Any, curve: Sequence[dict[str, Any]], out_dir: Path) -> None:
     out_dir.mkdir(parents=True, exist_ok=True)
     model.eval()
     model.config._name_or_path = ""
     model.save_pretrained(out_dir, max_shard_size="10TB")
     tokenizer.save_pretrained(out_dir)
-    pq.write_table(pa.Table.from_pylist(list(curve), schema=CURVE_SCHEMA), out_dir / "curve.parquet")
+    has_rollouts = any("rollouts" in row for row in curve)
+    schema = pa.unify_schemas([CURVE_SCHEMA, ROLLOUT_SCHEMA]) if has_rollouts else CURVE_SCHEMA
+    pq.write_table(pa.Table.from_pylist(list(curve), schema=schema), out_dir / "curve.parquet")
 
 
 def _run_facts(run: TrainingRun) -> dict[str, Any]:
     losses = [row["loss"] for row in run.curve]
     last = losses[-max(1, len(losses) // 10) :]
-    resumed_tokens = run.trained_tokens - run.first_tokens
+    resumed_tokens, seconds = run.trained_tokens - run.first_tokens, sum(run.stage_seconds)
+    tokens_before = [
+        max((row["tokens"] for row in run.curve if row["stage"] < i), default=0) for i in range(len(run.stages) + 1)
+    ]
     return {
-        "initial_loss": losses[0], "final_loss": sum(last) / len(last), "seconds": round(run.seconds, 3),
-        "tokens_per_second": round(resumed_tokens / max(run.seconds, 1e-9), 1),
+        "initial_loss": losses[0], "final_loss": sum(last) / len(last), "seconds": round(seconds, 3),
+        "tokens_per_second": round(resumed_tokens / max(seconds, 1e-9), 1),
+        "stage_seconds": [round(spent, 3) for spent in run.stage_seconds],
+        "stage_tokens": [after - before for before, after in pairwise(tokens_before)],
+        **({} if run.sampler is None else {"rollouts": rollout_facts(run.sampler, run.curve)}),
     }  # fmt: skip

@@ -56,6 +56,16 @@ def test_the_filter_ablation_uses_again_what_the_quickstart_made() -> None:
     assert set(ablation["students"]) == set(ablation["filters"])
 
 
+def test_the_on_policy_comparison_uses_again_what_the_quickstart_made_at_one_budget() -> None:
+    ours = yaml.safe_load(QUICKSTART.with_name("on_policy.yaml").read_text())
+    found, theirs = versions(ours), versions(yaml.safe_load(QUICKSTART.read_text()))
+    shared = {"prompt_pool", "teacher_outputs/smollm2", "scored_outputs/smollm2", "filtered_set/smollm2/verified"}
+    assert {name: found[name] for name in shared} == {name: theirs[name] for name in shared}
+    assert set(ours["students"]) == {"kl", "staged", "on_policy"}
+    budgets = {sum(stage["max_tokens"] for stage in student["stages"]) for student in ours["students"].values()}
+    assert len(budgets) == 1
+
+
 def test_a_preset_and_the_same_rules_written_out_are_one_filter() -> None:
     document = yaml.safe_load(QUICKSTART.read_text())
     document["filters"]["verified"] = {"preset": "short_answer"}
@@ -82,6 +92,7 @@ def test_every_node_comes_after_its_inputs() -> None:
         (["evaluation", "limit"], 8, {"eval_report/kl", "eval_report/sft", "eval_report/scratch"}),
         (["evaluation", "batch_size"], 8, set()),
         (["students", "kl", "stages", 0, "micro_batch_tokens"], 512, set()),
+        (["students", "kl", "stages", 0, "divergence"], "reverse_kl", {"student_checkpoint/kl"}),
         (["teachers", "smollm2", "batch_tokens"], 4096, set()),
         (["name"], "renamed", set()),
     ],

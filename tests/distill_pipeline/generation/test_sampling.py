@@ -25,9 +25,12 @@ def expected_probs(temperature: float, top_k: int, top_p: float) -> torch.Tensor
     return chosen
 
 
-@pytest.mark.parametrize(("temperature", "top_k", "top_p"), [(1.0, 6, 1.0), (0.7, 3, 1.0), (1.3, 5, 0.8), (1.0, 6, 0.05)])
-def test_frequencies_are_those_of_the_sampling_distribution(temperature: float, top_k: int, top_p: float) -> None:
-    probs = expected_probs(temperature, top_k, top_p)
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"),
+    [(1.0, 6, 1.0), (0.7, 3, 1.0), (1.3, 5, 0.8), (1.0, 6, 0.05), (1.0, None, 1.0), (1.7, None, 1.0), (1.0, None, 0.8)],
+)
+def test_frequencies_are_those_of_the_sampling_distribution(temperature: float, top_k: int | None, top_p: float) -> None:
+    probs = expected_probs(temperature, top_k or len(LOGITS), top_p)
     tokens, logprobs = draw(Sampling(temperature, top_k, top_p))
     counts = torch.bincount(tokens, minlength=len(LOGITS)).double()
     assert counts[probs == 0].sum() == 0
@@ -47,10 +50,18 @@ def test_temperature_zero_takes_the_likeliest_with_the_models_own_logprob() -> N
 def test_draws_of_a_row_do_not_depend_on_the_rows_beside_it() -> None:
     torch.manual_seed(0)
     logits, seeds = torch.randn(50, 100), torch.arange(50)
-    sampling = Sampling(1.0, 20, 0.9)
-    together, _ = sample_tokens(logits, sampling, seeds, 3)
-    alone = [int(sample_tokens(logits[i : i + 1], sampling, seeds[i : i + 1], 3)[0]) for i in range(50)]
-    assert together.tolist() == alone
+    for sampling in (Sampling(1.0, 20, 0.9), Sampling(1.0, None, 1.0)):
+        together, _ = sample_tokens(logits, sampling, seeds, 3)
+        alone = [int(sample_tokens(logits[i : i + 1], sampling, seeds[i : i + 1], 3)[0]) for i in range(50)]
+        assert together.tolist() == alone
+
+
+def test_a_token_without_mass_is_never_drawn() -> None:
+    logits = torch.full((20_000, 9), float("-inf"))
+    logits[:, [2, 5]] = 1.0
+    tokens, logprobs = sample_tokens(logits, Sampling(1.0, None, 1.0), torch.arange(20_000), 0)
+    assert set(tokens.tolist()) == {2, 5}
+    assert torch.isfinite(logprobs).all()
 
 
 def test_noise_depends_on_seed_step_and_token_and_on_nothing_else() -> None:

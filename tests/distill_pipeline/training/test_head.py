@@ -96,6 +96,75 @@ def test_head_and_public_function_are_one_divergence(name: str, kd_temperature: 
     torch.testing.assert_close(gradient / 6, torch.autograd.grad(public, logits)[0], atol=1e-6, rtol=1e-4)
 
 
+OPTIONS = {"skew_forward_kl": {"alpha": 0.3}, "skew_reverse_kl": {"alpha": 0.3}, "jsd": {"beta": 0.9}, "akl": {"mu": 0.8}}
+
+
+@pytest.mark.parametrize("name", ["forward_kl", *losses.TOKEN_DIVERGENCES])
+def test_every_divergence_trains_with_its_own_number(name: str) -> None:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(23, 8, requires_grad=True)
+    teacher_hidden, teacher_weight = torch.randn(6, 5), torch.randn(23, 5)
+    pairs = [(i, i, 1 + i % 2) for i in range(6)]
+    options = OPTIONS.get(name, {})
+    ours = head_loss(
+        hidden, weight, make_targets(pairs, 6), num_tokens=9, teacher_hidden_PH=teacher_hidden,
+        teacher_weight_VH=teacher_weight, divergence=name, options=options, kd_temperature=2.0, ce_weight=0.0, chunk_tokens=4,
+    ).loss  # fmt: skip
+    times = torch.tensor([weight for _, _, weight in pairs])
+    public = getattr(losses, name)(
+        (hidden @ weight.T).repeat_interleave(times, dim=0)[None],
+        (teacher_hidden @ teacher_weight.T).repeat_interleave(times, dim=0)[None],
+        torch.zeros(1, 9, dtype=torch.long),
+        kd_temperature=2.0,
+        **options,
+    )
+    torch.testing.assert_close(ours, public, atol=1e-6, rtol=1e-5)
+    found, expected = (torch.autograd.grad(loss, (hidden, weight)) for loss in (ours, public))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+@given(seed=st.integers(0, 10_000), kd_temperature=st.sampled_from([1.0, 2.0]), ce_weight=st.sampled_from([0.0, 0.3]))
+@settings(deadline=None, max_examples=30)
+def test_the_mean_policy_gradient_over_drawn_tokens_is_the_gradient_of_reverse_kl(
+    seed: int, kd_temperature: float, ce_weight: float
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    vocabulary = 5
+    hidden, weight = random(2, 3).requires_grad_(True), random(vocabulary, 3).requires_grad_(True)
+    teacher_hidden, teacher_weight = random(2, 4), random(vocabulary, 4)
+    # Every token that can be drawn, weighted by the chance that it is: the expectation itself, without a sample.
+    q = torch.softmax((hidden @ weight.T).detach() / kd_temperature, dim=-1)
+    chances = [(i, token, float(q[i, token])) for i in range(2) for token in range(vocabulary)]
+    position, target, chance = (torch.tensor(column) for column in zip(*chances, strict=True))
+    targets = Targets([0, vocabulary, 2 * vocabulary], position, target, chance, torch.ones(2))
+    options: dict[str, Any] = {
+        "num_tokens": 2, "teacher_hidden_PH": teacher_hidden, "teacher_weight_VH": teacher_weight,
+        "kd_temperature": kd_temperature, "ce_weight": ce_weight,
+    }  # fmt: skip
+    ours = head_loss(hidden, weight, targets, divergence=head.POLICY_GRADIENT, **options).loss
+    exact = head_loss(hidden, weight, targets, divergence="reverse_kl", **options).loss
+    torch.testing.assert_close(ours, exact, atol=1e-5, rtol=1e-4)
+    found, expected = (torch.autograd.grad(loss, (hidden, weight)) for loss in (ours, exact))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_a_drawn_token_that_the_teacher_likes_better_becomes_likelier() -> None:
+    weight, hidden = torch.eye(3), torch.tensor([[1.0, 0.0, 0.0]], requires_grad=True)
+    for teacher, sign in (([0.0, 3.0, 0.0], -1), ([3.0, 0.0, 0.0], 1)):
+        loss = head_loss(
+            hidden, weight, make_targets([(0, 1, 1)], 1), num_tokens=1, teacher_hidden_PH=torch.tensor([teacher]),
+            teacher_weight_VH=weight, divergence=head.POLICY_GRADIENT, ce_weight=0.0,
+        ).loss  # fmt: skip
+        (gradient,) = torch.autograd.grad(loss, hidden)
+        assert float(gradient[0, 1]) * sign > 0
+
+
 def test_teacher_may_come_from_inference_mode_and_bfloat16_gives_no_negative_loss() -> None:
     torch.manual_seed(0)
     with torch.inference_mode():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from distill_pipeline.errors import TrainingError, VocabularyMismatchError
+from distill_pipeline.errors import ConfigError, TrainingError, VocabularyMismatchError
 from distill_pipeline.hashing import file_sha256
 from distill_pipeline.models.load import load_model, load_tokenizer
 from distill_pipeline.models.resolve import ModelFolder
@@ -24,6 +25,9 @@ from distill_pipeline.training.spec import StudentSpec, TrainStageSpec
 from distill_pipeline.training.stage import different_ids, parameters_sha256, train_student
 
 KD, SFT = {"method": "logit_kd", "epochs": 2}, {"method": "sft", "epochs": 1}
+OWN = {"method": "on_policy", "divergence": "reverse_kl", "epochs": 2, "rollouts": {"samples": 3, "max_tokens": 10}}
+MIXED = OWN | {"divergence": "jsd", "lambda_": 0.5, "ce_weight": 0.5, "keep_optimizer": True}
+DRAWN = OWN | {"objective": "policy_gradient"}
 
 
 @pytest.fixture
@@ -64,6 +68,64 @@ def test_training_lowers_the_loss_and_leaves_a_model_that_loads(train: Any, make
     assert not (tmp_path / "run" / "work" / "checkpoints").exists()
 
 
+def test_a_student_learns_from_its_own_answers_and_says_what_they_were(
+    train: Any, make_student: Any, tmp_path: Path
+) -> None:  # fmt: skip
+    said: list[str] = []
+    outcome = train(make_student(KD, OWN | {"epochs": 8}), progress=said.append)
+    rows, facts = curve(tmp_path / "run"), outcome.facts
+    own = [row for row in rows if row["method"] == "on_policy"]
+    assert len(own) == 24
+    assert sum(row["loss"] for row in own[-4:]) < 0.8 * sum(row["loss"] for row in own[:4])
+    assert all(row["rollouts"] == 4 * 3 for row in own)
+    assert all(row["rollouts"] is None for row in rows if row["method"] == "logit_kd")
+    tokens = [round(row["rollouts"] * row["rollout_mean_tokens"]) for row in own]
+    assert [row["tokens"] for row in own] == [rows[5]["tokens"] + sum(tokens[: i + 1]) for i in range(24)]
+    assert all(row["rollout_mean_tokens"] <= 10 for row in own)
+    assert facts["rollouts"]["completions"] == 24 * 12
+    assert facts["rollouts"]["tokens"] == facts["stage_tokens"][1] == sum(tokens)
+    assert facts["stage_tokens"][0] == rows[5]["tokens"]
+    assert facts["rollouts"]["seconds"] <= facts["stage_seconds"][1] <= facts["seconds"]
+    assert facts["rollouts"]["shares_prefixes"]
+    assert re.search(r"on_policy step 24 of 24, .*; rollouts \d+ tokens/s, [\d.]+ tokens long, \d+% truncated", said[-1])
+
+
+def test_a_curve_without_rollouts_has_no_columns_for_them(train: Any, make_student: Any, tmp_path: Path) -> None:
+    train(make_student(SFT))
+    assert set(curve(tmp_path / "run")[0]) == set(stage.CURVE_SCHEMA.names)
+
+
+def test_cross_entropy_counts_on_the_datas_tokens_only(train: Any, make_student: Any, tmp_path: Path) -> None:
+    train(make_student(MIXED | {"keep_optimizer": False, "epochs": 4}))
+    rows = curve(tmp_path / "run")
+    assert {row["rollouts"] for row in rows} == {None, 12}
+    for row in rows:
+        expected = row["kl"] if row["rollouts"] else 0.5 * row["kl"] + 0.5 * row["ce"]
+        assert row["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_kept_optimizer_goes_on_as_if_no_stage_had_ended(train: Any, make_student: Any, tmp_path: Path) -> None:
+    flat = SFT | {"batch_prompts": 12, "schedule": "constant", "warmup_frac": 0.0}
+    train(make_student(flat | {"epochs": 6}), "whole")
+    train(make_student(flat | {"epochs": 3}, flat | {"epochs": 3, "keep_optimizer": True}), "kept")
+    train(make_student(flat | {"epochs": 3}, flat | {"epochs": 3}), "anew")
+    whole, kept, anew = ([row["loss"] for row in curve(tmp_path / name)] for name in ("whole", "kept", "anew"))
+    assert kept == pytest.approx(whole, abs=1e-5)
+    assert abs(anew[-1] - whole[-1]) > 1e-3
+
+
+def test_on_policy_without_a_teacher_is_an_error(train: Any, make_student: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = stage._pair
+    monkeypatch.setattr(stage, "_pair", lambda model, teacher, *rest: original(model, None, *rest))
+    with pytest.raises(TrainingError, match=r"stage 2 \(on_policy\) needs a teacher, and none was given"):
+        train(make_student(SFT, OWN))
+
+
+def test_rollouts_longer_than_the_models_context_are_an_error(train: Any, make_student: Any) -> None:
+    with pytest.raises(ConfigError, match=r"stages\.0\.rollouts\.max_tokens is 300, and the models' context holds 256"):
+        train(make_student(OWN | {"rollouts": {"max_tokens": 300}}))
+
+
 def test_only_the_student_changes(train: Any, make_student: Any, teacher: ModelFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = []
     original = stage._pair
@@ -92,7 +154,7 @@ def test_a_teacher_that_changed_is_an_error(train: Any, make_student: Any, monke
 
 def test_equal_runs_leave_equal_files(train: Any, make_student: Any, tmp_path: Path) -> None:
     for name in ("first", "second"):
-        train(make_student(KD, SFT), name)
+        train(make_student(KD, OWN, SFT), name)
     files = {path.name for path in (tmp_path / "first" / "out").iterdir()}
     assert {"model.safetensors", "config.json", "curve.parquet", "tokenizer.json"} <= files
     for name in files:
@@ -138,7 +200,10 @@ print("RESUMED", outcome.facts["resumed_from_step"], flush=True)
 BUDGETS = KD | {"max_tokens": 700, "epochs": 0.1}, SFT | {"max_tokens": 700}
 
 
-@pytest.mark.parametrize(("stages", "kill_after"), [((KD, SFT), 3), ((KD, SFT), 8), (BUDGETS, 7)])
+@pytest.mark.parametrize(
+    ("stages", "kill_after"),
+    [((KD, SFT), 3), ((KD, SFT), 8), (BUDGETS, 7), ((DRAWN, MIXED), 4), ((SFT, MIXED), 3), ((SFT, MIXED), 6)],
+)
 def test_kill_and_resume_gives_the_same_losses_as_an_uninterrupted_run(
     train: Any, make_student: Any, make_rows: Any, teacher: ModelFolder, tmp_path: Path, stages: Any, kill_after: int
 ) -> None:  # fmt: skip
@@ -220,6 +285,8 @@ def test_token_ids_with_two_meanings_are_refused_by_name(
     other = narrow_tokenizer(small_model, tmp_path / "other")
     with pytest.raises(VocabularyMismatchError, match=r"different meanings to 2 token ids, for instance \d+: '[ab]' / '[ab]'"):
         train(make_student(KD, init={"model": "other"}), init_model=other)
+    with pytest.raises(VocabularyMismatchError, match="different meanings to 2 token ids"):
+        train(make_student(SFT, OWN, init={"model": "other"}), init_model=other)
     outcome = train(make_student(SFT, init={"model": "other"}), init_model=other)
     assert outcome.facts["tokenizer"] == "student"
 

@@ -1,0 +1,174 @@
+"""Rollouts: what a student answers to the prompts of a step while it is trained, so that it learns where it goes itself.
+
+The project's own engine steps the very module that is trained, in evaluation mode: no second copy of the weights, and no
+text between drawing and learning, because a text may have other tokens than those that were drawn. Draws follow from the
+seed, the stage and the step, so a run that goes on from a checkpoint answers as one that was not interrupted.
+
+A rollout ends with the end token that was drawn. One that was cut at its limit has none, and none is learned there.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from distill_pipeline.errors import ConfigError, TrainingError
+from distill_pipeline.generation.decoders import Decoder, PlainDecoder, decoder_for
+from distill_pipeline.generation.engine import Completion, Request, TransformersEngine
+from distill_pipeline.generation.sampling import Sampling
+from distill_pipeline.generation.shared_prefix import SharedPrefixDecoder
+from distill_pipeline.hashing import unit_interval
+from distill_pipeline.rendering import ChatRenderer
+from distill_pipeline.training.batches import Example
+from distill_pipeline.training.layout import forward_precision
+from distill_pipeline.training.spec import RolloutSpec, TrainStageSpec
+
+
+@dataclass(frozen=True)
+class RolloutBatch:
+    """The prompts of one step with the student's completions. ``completions`` and ``truncated`` count these."""
+
+    examples: list[Example]
+    completions: int
+    truncated: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Completion tokens, end tokens included."""
+        return sum(example.num_tokens for example in self.examples)
+
+    def row(self) -> dict[str, Any]:
+        """What the training curve says of it."""
+        return {
+            "rollouts": self.completions, "rollout_mean_tokens": self.num_tokens / self.completions,
+            "rollout_truncated_frac": self.truncated / self.completions,
+        }  # fmt: skip
+
+
+class StudentSampler:
+    """Answers prompts with a student under training, whose weights it shares."""
+
+    def __init__(self, student: Any, renderer: ChatRenderer, *, seed: int, limit: int, use_bfloat16: bool = False) -> None:
+        """
+        Args:
+            student: a transformers causal language model; between rollouts it is whatever its trainer makes of it.
+            limit: most tokens of a prompt with its completion; see :func:`length_limit`.
+        """
+        self._student, self._renderer, self._seed, self._limit = student, renderer, seed, limit
+        self._use_bfloat16 = use_bfloat16
+        with _evaluating(student):
+            self.shares_prefixes = isinstance(decoder_for(student), SharedPrefixDecoder)
+        self.num_tokens = 0
+        self.seconds = 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Completion tokens a second of generation, in this process."""
+        return self.num_tokens / max(self.seconds, 1e-9)
+
+    def roll_out(self, examples: Sequence[Example], rollouts: RolloutSpec, *, stage: int, step: int) -> RolloutBatch:
+        """The same prompts with ``rollouts.samples`` completions each by the student as it is now.
+
+        Raises:
+            TrainingError: the student's logits are not numbers.
+        """
+        requests = [
+            Request(f"{self._seed}/{stage}/{step}/{row}/{sample}", example.prompt)
+            for row, example in enumerate(examples)
+            for sample in range(rollouts.samples)
+        ]
+        started = time.monotonic()
+        done = self._answers(requests, rollouts)
+        self.seconds += time.monotonic() - started
+        answers = [done[request.key] for request in requests]
+        if failed := next((answer for answer in answers if answer.finish_reason == "error"), None):
+            raise TrainingError(f"the student answers no prompt in step {step + 1} of stage {stage + 1}: {failed.error}")
+        drawn = [_drawn_ids(answer) for answer in answers]
+        rolled = [
+            replace(example, completions=tuple(drawn[row * rollouts.samples : (row + 1) * rollouts.samples]))
+            for row, example in enumerate(examples)
+        ]
+        batch = RolloutBatch(rolled, len(answers), sum(answer.finish_reason == "length" for answer in answers))
+        self.num_tokens += batch.num_tokens
+        return batch
+
+    def _answers(self, requests: Sequence[Request], rollouts: RolloutSpec) -> dict[str, Completion]:
+        """By key. A new decoder each time, so that no cache stays in memory while the student learns."""
+        decoder: Decoder = SharedPrefixDecoder(self._student) if self.shares_prefixes else PlainDecoder(self._student)
+        engine = TransformersEngine(self._student, self._renderer, batch_tokens=rollouts.batch_tokens, decoder=decoder)
+        engine.context_tokens = self._limit
+        sampling = Sampling(rollouts.temperature, rollouts.top_k, rollouts.top_p)
+        with _evaluating(self._student), forward_precision(self._student.device.type, self._use_bfloat16):
+            return {
+                answer.key: answer
+                for batch in engine.plan_batches(requests, max_tokens=rollouts.max_tokens)
+                for answer in engine.run_batch(batch, max_tokens=rollouts.max_tokens, sampling=sampling)
+            }
+
+
+def answers_itself(stage: TrainStageSpec, *, seed: int, index: int, step: int) -> bool:
+    """Whether the student answers the prompts of a step: a ``lambda_`` share of the steps, drawn from these numbers alone."""
+    return stage.method == "on_policy" and unit_interval(f"rollouts/{seed}/{index}/{step}") < stage.lambda_
+
+
+def length_limit(stages: Sequence[TrainStageSpec], models: Sequence[Any], *, max_length: int, longest_prompt: int) -> int:
+    """Most tokens of a prompt with its rollout: ``max_length``, or the shortest context of the models that read it.
+
+    Raises:
+        ConfigError: a stage's ``rollouts.max_tokens`` or the longest prompt alone fills it.
+    """
+    limit = min([max_length, *(getattr(model.config, "max_position_embeddings", None) or max_length for model in models)])
+    for index, stage in enumerate(stages):
+        if stage.method == "on_policy" and stage.rollouts.max_tokens >= limit:
+            raise ConfigError(
+                f"stages.{index}.rollouts.max_tokens is {stage.rollouts.max_tokens}, and the models' context holds {limit} "
+                "tokens, prompt included. Lower it."
+            )
+    if longest_prompt >= limit:
+        raise ConfigError(
+            f"the longest prompt has {longest_prompt} tokens and the models' context holds {limit}: nothing could be answered. "
+            "Lower max_length, so that long prompts are left out."
+        )
+    return limit
+
+
+def rollouts_text(sampler: StudentSampler | None, curve: Sequence[Mapping[str, Any]]) -> str:
+    """How the rollouts of the last step were and how fast all of them, to follow other words; empty if it had none."""
+    if sampler is None or not (row := curve[-1]).get("rollouts"):
+        return ""
+    return (
+        f"; rollouts {sampler.tokens_per_second:.0f} tokens/s, {row['rollout_mean_tokens']:.1f} tokens long, "
+        f"{row['rollout_truncated_frac']:.0%} truncated"
+    )
+
+
+def rollout_facts(sampler: StudentSampler, curve: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """All rollouts of a training from its curve, and how fast those of this process were."""
+    rows = [row for row in curve if row.get("rollouts")]
+    completions = sum(row["rollouts"] for row in rows)
+    tokens = sum(row["rollouts"] * row["rollout_mean_tokens"] for row in rows)
+    truncated = sum(row["rollouts"] * row["rollout_truncated_frac"] for row in rows)
+    return {
+        "completions": completions, "tokens": round(tokens), "mean_tokens": round(tokens / max(completions, 1), 2),
+        "truncated_frac": round(truncated / max(completions, 1), 4), "seconds": round(sampler.seconds, 3),
+        "tokens_per_second": round(sampler.tokens_per_second, 1), "shares_prefixes": sampler.shares_prefixes,
+    }  # fmt: skip
+
+
+def _drawn_ids(answer: Completion) -> tuple[int, ...]:
+    """All tokens that were drawn, in order."""
+    return answer.token_ids if answer.end_token_id is None else (*answer.token_ids, answer.end_token_id)
+
+
+class _evaluating(AbstractContextManager[None]):
+    """A model in evaluation mode inside, and as it was afterwards."""
+
+    def __init__(self, model: Any) -> None:
+        self._model, self._was_training = model, model.training
+
+    def __enter__(self) -> None:
+        self._model.eval()
+
+    def __exit__(self, *_: object) -> None:
+        self._model.train(self._was_training)

@@ -1,0 +1,89 @@
+"""Laws of a stage's settings: none is given in vain, and one that is not read decides nothing."""
+
+import inspect
+from typing import Any, get_args
+
+import pytest
+from pydantic import ValidationError
+
+from distill_pipeline import losses
+from distill_pipeline.training.position import StageLoad, stage_load
+from distill_pipeline.training.spec import DIVERGENCE_OPTION, Divergence, StudentSpec, TrainStageSpec
+
+POLICY_GRADIENT = {"method": "on_policy", "objective": "policy_gradient", "divergence": "reverse_kl"}
+
+
+def stage(**fields: Any) -> TrainStageSpec:
+    return TrainStageSpec.model_validate(fields)
+
+
+def test_divergences_and_their_numbers_are_those_of_the_loss_library() -> None:
+    assert set(get_args(Divergence)) == {"forward_kl", *losses.TOKEN_DIVERGENCES}
+    for name in get_args(Divergence):
+        defaults = {
+            key: parameter.default
+            for key, parameter in inspect.signature(getattr(losses, name)).parameters.items()
+            if key in set(DIVERGENCE_OPTION.values())
+        }
+        assert stage(method="logit_kd", divergence=name).divergence_options == defaults
+
+
+@pytest.mark.parametrize("method", ["sft", "logit_kd"])
+def test_settings_of_other_methods_are_not_in_a_stages_document(method: str) -> None:
+    document = stage(method=method).document()
+    assert document.keys().isdisjoint({"alpha", "beta", "mu", "lambda_", "objective", "rollouts", "keep_optimizer"})
+    assert stage(**document) == stage(method=method)
+
+
+def test_what_a_stage_reads_is_in_its_document() -> None:
+    document = stage(method="on_policy", divergence="jsd", keep_optimizer=True).document()
+    assert {"beta", "lambda_", "objective", "rollouts", "keep_optimizer"} <= document.keys()
+    assert document.keys().isdisjoint({"alpha", "mu"})
+    assert stage(**document).document() == document
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"method": "sft", "lambda_": 0.5, "rollouts": {}}, "lambda_, rollouts: not read by method sft"),
+        ({"method": "logit_kd", "beta": 0.9}, "beta: not read by method logit_kd with divergence forward_kl"),
+        ({"method": "on_policy", "ce_weight": 0.5}, r"ce_weight is 0\.5, but with lambda_ 1 no step sees the data's tokens"),
+        (POLICY_GRADIENT | {"divergence": "jsd"}, "policy_gradient estimates reverse_kl and nothing else; divergence is jsd"),
+        (POLICY_GRADIENT | {"lambda_": 0.5}, r"needs tokens that the student drew: set lambda_: 1 \(it is 0\.5\)"),
+        (POLICY_GRADIENT | {"rollouts": {"top_k": 50}}, r"leave out rollouts\.top_k and rollouts\.top_p"),
+        (POLICY_GRADIENT | {"rollouts": {"temperature": 0.7}}, r"set rollouts\.temperature to kd_temperature \(1\.0\)"),
+        ({"method": "on_policy", "rollouts": {"temperature": 0}}, "4 samples would be equal; set samples: 1"),
+    ],
+)
+def test_a_setting_that_would_do_nothing_or_harm_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        stage(**fields)
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ([{"method": "sft", "keep_optimizer": True}], "no stage comes before the first"),
+        ([{"method": "on_policy", "rollouts": {"max_tokens": 64}}], r"rollouts\.max_tokens is 64, and .* max_length=64"),
+    ],
+)
+def test_stages_that_do_not_fit_their_student_are_refused(stages: list[dict[str, Any]], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        StudentSpec.model_validate({"data": ["t/f"], "init": {"scratch": {"layers": 1}}, "stages": stages, "max_length": 64})
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"method": "sft", "epochs": 2}, StageLoad(400, 0, 4000)),
+        ({"method": "sft", "epochs": 2, "batch_prompts": 8, "max_steps": 5}, StageLoad(80, 0, 800)),
+        ({"method": "sft", "batch_prompts": 8, "max_tokens": 3000}, StageLoad(300, 0, 3000)),
+        ({"method": "sft", "batch_prompts": 10, "max_tokens": 3000, "max_steps": 2}, StageLoad(40, 0, 400)),
+        ({"method": "on_policy", "batch_prompts": 10, "max_steps": 3}, StageLoad(120, 120, 3000)),
+        ({"method": "on_policy", "batch_prompts": 10, "max_steps": 4, "lambda_": 0.5}, StageLoad(120, 80, 2400)),
+        ({"method": "on_policy", "max_tokens": 500}, StageLoad(20, 20, 500)),
+    ],
+)
+def test_a_stages_load_counts_its_steps_its_budget_and_its_rollouts(fields: dict[str, Any], expected: StageLoad) -> None:
+    rollouts = {"rollouts": {"max_tokens": 25}} if fields["method"] == "on_policy" else {}
+    assert stage_load(stage(**fields | rollouts), 104 if fields.get("batch_prompts") == 8 else 100, 2, 10.0) == expected
