@@ -2,7 +2,8 @@
 
 Layout: ``<root>/<family>/part-<time>-<random>.parquet`` and ``<root>/<family>/family.json`` with the readable settings. Parts
 are never changed and appear whole, so several runs may write at once and a crash loses only what was not flushed. Of two
-answers to one request the first stays. Failed requests are not kept: the next run asks again.
+answers to one request the first stays. Failed requests are not kept: the next run asks again. A part's metadata holds what
+was paid since the part before it, failed requests included, so ``paid`` is the cost of a family over all runs.
 
 Decided: an answer that ended by itself serves every ``max_tokens`` that holds it; one that was cut serves only the
 ``max_tokens`` that cut it, unless the model's context did. Gave up: a database; the index of keys is 20 bytes a row in memory.
@@ -11,13 +12,15 @@ Decided: an answer that ended by itself serves every ``max_tokens`` that holds i
 import json
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from distill_pipeline.generation.engine import Completion
+from distill_pipeline.generation.budget import Usage
+from distill_pipeline.generation.protocol import Completion
 from distill_pipeline.storage.files import write_whole
 from distill_pipeline.storage.parts import KeyIndex, part_files, read_part, remove_abandoned, write_part
 
@@ -34,6 +37,7 @@ STORED_SCHEMA = pa.schema(
 )
 
 _WHAT = "generation store"
+_PAID = b"paid"
 
 
 class GenerationStore:
@@ -66,6 +70,7 @@ class GenerationStore:
         remove_abandoned(self.folder)
         self._parts = part_files(self.folder)
         self._index = KeyIndex()
+        self.paid, self._unsaved = Usage(), Usage()
         self._take(enumerate(self._parts))
 
     def has(self, keys: Sequence[str]) -> np.ndarray[Any, np.dtype[np.bool_]]:
@@ -92,6 +97,10 @@ class GenerationStore:
                     }
                 )  # fmt: skip
 
+    def pay(self, usage: Usage) -> None:
+        """Take what answers cost for the next flush; :attr:`paid` is what the parts on disk say."""
+        self._unsaved += usage
+
     def flush_if_due(self) -> None:
         """Call between batches: writes when enough rows wait or enough time has gone by."""
         if len(self._waiting) >= self._flush_rows or time.monotonic() - self._flushed_at >= self._flush_seconds:
@@ -100,12 +109,14 @@ class GenerationStore:
     def flush(self) -> None:
         """Write the waiting rows as one part; after this call a crash cannot lose them."""
         self._flushed_at = time.monotonic()
-        if not self._waiting:
+        if not self._waiting and self._unsaved == Usage():
             return
         if not (self.folder / "family.json").exists():
             write_whole(self.folder / "family.json", json.dumps(self._settings, indent=1, sort_keys=True))
-        part = write_part(self.folder, pa.Table.from_pylist(self._waiting, schema=STORED_SCHEMA))
+        schema = STORED_SCHEMA.with_metadata({_PAID: json.dumps(asdict(self._unsaved)).encode()})
+        part = write_part(self.folder, pa.Table.from_pylist(self._waiting, schema=schema))
         self._waiting.clear()
+        self._unsaved = Usage()
         self._parts.append(part)
         self._take([(len(self._parts) - 1, part)])
 
@@ -114,6 +125,7 @@ class GenerationStore:
         found = []
         for number, part in parts:
             table = read_part(part, ["request_key", "finish_reason", "completion_tokens", "max_tokens"], what=_WHAT)
+            self.paid += Usage(**json.loads((table.schema.metadata or {}).get(_PAID, b"{}")))
             usable = self._usable(table).nonzero()[0]
             found.append((number, table["request_key"].take(pa.array(usable)).to_pylist(), usable))
         self._index.add(found)
