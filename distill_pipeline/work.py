@@ -54,8 +54,8 @@ class Work:
         if teacher.engine == "openai":
             if teacher.weights is None:
                 raise ConfigError(
-                    f"teacher {self.teacher_name} is served, and this needs its weights: set teachers.{self.teacher_name}.weights "
-                    "to the same model as a Hub id or folder."
+                    f"teacher {self.teacher_name} is served, and this needs its weights: set "
+                    f"teachers.{self.teacher_name}.weights to the same model as a Hub id or folder."
                 )
             return self.model(teacher.weights)
         return self.model(teacher.model, teacher.revision)

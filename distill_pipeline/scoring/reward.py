@@ -35,9 +35,7 @@ class RewardModel(OpenedScorer):
     def __init__(self, scorer: Scorer, context: ScoringContext) -> None:
         model = model_of(scorer, context)
         if not isinstance(model, ModelFolder):
-            raise ConfigError(
-                f"scorers: reward_model reads a model's own outputs, and {model.reference} is served. Give a folder."
-            )
+            raise ConfigError(f"scorers: reward_model needs a model's weights, and {model.reference} is served. Give a folder.")
         self._folder = model
         self._device = resolve_device(context.device)
         self._dtype = resolve_dtype(self._folder.path, self._device)

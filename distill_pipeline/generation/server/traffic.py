@@ -277,7 +277,7 @@ class Traffic:
             if now - endpoint.last_success >= LIMITED_SECONDS and now < endpoint.paused_until:
                 self._error = GenerationError(
                     f"teacher {self._name}: {endpoint.url} has answered every request of the last hour with 429 ({error}). "
-                    "Everything answered is stored: lower server.requests_per_minute or raise the account's limit, and run again."
+                    "What came is stored: lower server.requests_per_minute or raise the account's limit, and run again."
                 )
         elif fault.kind == "refused":
             self._refused(ask, endpoint, error)
@@ -293,7 +293,7 @@ class Traffic:
         self._refusals += not is_too_long
         if self._refusals >= self._server.dead_after_failures and not any(e.has_answered for e in self._endpoints):
             self._error = GenerationError(
-                f"teacher {self._name}: {endpoint.url} refuses every request, {self._refusals} of {self._refusals}, the last with "
+                f"teacher {self._name}: {endpoint.url} refuses every request, {self._refusals} so far, the last with "
                 f"{error}. Take fields it does not know out of the requests with extra_body, for instance {{seed: null}}."
             )
         self._deliver(ask.window, [failed_completion(key, error) for key in ask.asked.keys])

@@ -29,8 +29,8 @@ def completion(key: str, *, tokens: int = 5, reason: FinishReason = "stop", text
 
 def settings_with(**changes: Any) -> str:
     known: dict[str, Any] = {
-        "identity": "m", "revision": None, "engine": "transformers/1", "dtype": "float32", "system": None, "rendering": "r", "seed": 0,
-        "sampling": SamplingSpec(),
+        "identity": "m", "revision": None, "engine": "transformers/1", "dtype": "float32", "system": None, "rendering": "r",
+        "seed": 0, "sampling": SamplingSpec(),
     }  # fmt: skip
     return family_of(family_settings(**(known | changes)))
 
