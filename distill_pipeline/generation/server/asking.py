@@ -27,6 +27,7 @@ class Ask:
     asked: Asked
     window: int
     attempts: int = 0
+    failed_at: str = ""
     is_split: bool = False
     """Whether it is part of a request for several samples that the server refused."""
 

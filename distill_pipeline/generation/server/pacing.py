@@ -40,9 +40,14 @@ class Endpoint:
     def __post_init__(self) -> None:
         self.limit = float(min(START_CONCURRENCY, self.max_concurrency))
 
+    @property
+    def is_failing(self) -> bool:
+        """Whether its last requests all failed: then it is only tried."""
+        return self.failures >= FAILING
+
     def has_room(self, now: float) -> bool:
         """Whether a request may be sent."""
-        room = 1 if self.failures >= FAILING else int(self.limit)
+        room = 1 if self.is_failing else int(self.limit)
         return self.in_flight < room and now >= self.paused_until
 
     def succeeded(self, now: float) -> None:
@@ -67,7 +72,7 @@ class Endpoint:
         self.last_error = error
         if is_overload:
             self._cut(now, sent_at)
-        if wait_seconds is None and self.failures >= FAILING:
+        if wait_seconds is None and self.is_failing:
             wait_seconds = self._jitter(self.failures - FAILING + 1)
         if wait_seconds is not None:
             self.paused_until = max(self.paused_until, now + wait_seconds)

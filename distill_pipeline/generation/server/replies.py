@@ -135,20 +135,26 @@ def with_reasoning(reasoning: str | None, content: str | None) -> str:
 
 
 def shared_tokens(choices: Sequence[Choice], total: int, max_tokens: int) -> list[int]:
-    """Tokens of each choice where a server reports only their sum.
+    """Tokens of each choice where a server reports only their sum; they add up to it.
 
     Those that were cut have ``max_tokens``, the others share the rest by their length in bytes. Where that does not add up
     (the context cut them) all share by length.
     """
-    if len(choices) == 1:
-        return [total]
     lengths = [len(choice.text.encode()) + 1 for choice in choices]
-    cut = [choice.is_cut for choice in choices]
-    rest = total - max_tokens * sum(cut)
-    if rest < len(choices) - sum(cut):
-        return [max(1, round(total * length / sum(lengths))) for length in lengths]
-    share = sum(length for length, is_cut in zip(lengths, cut, strict=True) if not is_cut)
-    return [
-        max_tokens if is_cut else min(max_tokens, max(1, round(rest * length / share)))
-        for length, is_cut in zip(lengths, cut, strict=True)
-    ]
+    rest = total - max_tokens * sum(choice.is_cut for choice in choices)
+    num_ended = sum(not choice.is_cut for choice in choices)
+    if rest < num_ended or num_ended == 0:
+        return _shares(total, lengths)
+    shares = iter(_shares(rest, [length for length, choice in zip(lengths, choices, strict=True) if not choice.is_cut]))
+    return [max_tokens if choice.is_cut else next(shares) for choice in choices]
+
+
+def _shares(total: int, weights: Sequence[int]) -> list[int]:
+    """Whole numbers in proportion to the weights, whose sum is ``total``."""
+    whole, shares, weight_before, before = sum(weights), [], 0, 0
+    for weight in weights:
+        weight_before += weight
+        upto = total * weight_before // whole
+        shares.append(upto - before)
+        before = upto
+    return shares

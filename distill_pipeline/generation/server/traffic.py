@@ -22,7 +22,7 @@ from distill_pipeline.outcome import Progress
 OPEN_WINDOWS = 3
 """Windows whose prompts may wait for answers at once: the slowest of one do not hold up the next, and memory is bounded."""
 HEARTBEAT_SECONDS = 1.0
-GATHER_SECONDS, GATHER_ROWS = 0.1, 256
+GATHER_SECONDS, GATHER_ROWS = 0.02, 256
 """Completions are handed over together that come within so long, or are so many."""
 LIMITED_SECONDS = 3600.0
 """How long a server may say 429 to everything."""
@@ -139,7 +139,7 @@ class Traffic:
             ask = self._peek()
             if ask is None:
                 return min(soonest, self._later[0][0] if self._later else soonest)
-            endpoint = min(self._endpoints, key=lambda e: (not e.has_room(now), e.in_flight / e.limit))
+            endpoint = self._best_endpoint(ask, now)
             if not endpoint.has_room(now):
                 paused = [e.paused_until for e in self._endpoints if e.paused_until > now]
                 return min([soonest, *paused])
@@ -153,7 +153,7 @@ class Traffic:
             most = self._requests.most(ask)
             if not self._spending.reserve(most):
                 if not self._tasks:
-                    self._error = self._spending.used_up()
+                    self._end(self._spending.used_up())
                 return soonest
             self._ready.popleft()
             self._send(ask, endpoint, most, tokens)
@@ -180,6 +180,13 @@ class Traffic:
         for start in range(0, len(asked.keys), size):
             yield Ask(Asked(asked.messages, asked.keys[start : start + size]), window)
 
+    def _best_endpoint(self, ask: Ask, now: float) -> Endpoint:
+        """The least busy address that does well, at best another one than where the request failed."""
+        return min(
+            self._endpoints,
+            key=lambda e: (not e.has_room(now), e.is_failing, e.url == ask.failed_at, e.in_flight / e.limit),
+        )
+
     def _expected_tokens(self, ask: Ask) -> float:
         """What a request will take of the rate limit: the mean of those before it, at first the most it can."""
         now = self._spending.now
@@ -202,7 +209,7 @@ class Traffic:
     def _ended(self, task: "asyncio.Task[None]") -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            self._error = self._error or error
+            self._end(error)
         self._wake.set()
 
     async def _attempt(self, ask: Ask, endpoint: Endpoint, most: Usage, tokens: float) -> None:
@@ -267,17 +274,17 @@ class Traffic:
         if fault.kind == "fatal":
             said = error.split(": ", 2)[-1]
             status = fault.status or 0
-            self._error = refusal(
-                self._name, endpoint.url, status, said, self._model.reference, self._server.api_key_env
-            )  # fmt: skip
+            self._end(refusal(self._name, endpoint.url, status, said, self._model.reference, self._server.api_key_env))
         elif fault.kind == "limited":
             endpoint.was_limited(now, sent_at, fault.wait_seconds)
             self._ready.appendleft(ask)
             self._say_wait(endpoint, now)
             if now - endpoint.last_success >= LIMITED_SECONDS and now < endpoint.paused_until:
-                self._error = GenerationError(
-                    f"teacher {self._name}: {endpoint.url} has answered every request of the last hour with 429 ({error}). "
-                    "What came is stored: lower server.requests_per_minute or raise the account's limit, and run again."
+                self._end(
+                    GenerationError(
+                        f"teacher {self._name}: {endpoint.url} has answered every request of the last hour with 429 ({error}). "
+                        "What came is stored: lower server.requests_per_minute or raise the account's limit, and run again."
+                    )
                 )
         elif fault.kind == "refused":
             self._refused(ask, endpoint, error)
@@ -292,9 +299,11 @@ class Traffic:
             return
         self._refusals += not is_too_long
         if self._refusals >= self._server.dead_after_failures and not any(e.has_answered for e in self._endpoints):
-            self._error = GenerationError(
-                f"teacher {self._name}: {endpoint.url} refuses every request, {self._refusals} so far, the last with "
-                f"{error}. Take fields it does not know out of the requests with extra_body, for instance {{seed: null}}."
+            self._end(
+                GenerationError(
+                    f"teacher {self._name}: {endpoint.url} refuses every request, {self._refusals} so far, the last with "
+                    f"{error}. Take fields it does not know out of the requests with extra_body, for instance {{seed: null}}."
+                )
             )
         self._deliver(ask.window, [failed_completion(key, error) for key in ask.asked.keys])
 
@@ -307,17 +316,23 @@ class Traffic:
             listed = "; ".join(
                 f"{e.url}: {e.failures} failures in a row, the last with {e.last_error}" for e in self._endpoints
             )
-            self._error = GenerationError(
-                f"teacher {self._name}: given up, no server answers any more ({listed}). Everything answered is stored: mend "
-                "the server and run again."
+            self._end(
+                GenerationError(
+                    f"teacher {self._name}: given up, no server answers any more ({listed}). Everything answered is stored: mend "
+                    "the server and run again."
+                )
             )
-        ask.attempts += 1
+        ask.attempts, ask.failed_at = ask.attempts + 1, endpoint.url
         if ask.attempts >= server.max_attempts:
             said = f"{error} ({ask.attempts} attempts)"
             self._deliver(ask.window, [failed_completion(key, said) for key in ask.asked.keys])
         else:
             wait = full_jitter(ask.attempts, server.backoff_seconds, server.max_backoff_seconds, self._chance)
             heapq.heappush(self._later, (now + wait, next(self._tickets), ask))
+
+    def _end(self, error: BaseException) -> None:
+        """Send nothing more; the first reason counts."""
+        self._error = self._error or error
 
     def _deliver(self, window: int, completions: list[Completion]) -> None:
         self._done += completions
