@@ -26,7 +26,7 @@ class SamplingSpec(Spec):
 class ServerSpec(Spec):
     """Where an OpenAI-compatible server is and how it is asked. Nothing here changes an answer: it enters no version."""
 
-    base_url: tuple[Annotated[str, StringConstraints(pattern=r"^https?://[^/@\s]+(/[^@\s]*)?$")], ...] = Field(
+    base_url: tuple[Annotated[str, StringConstraints(pattern=r"^https?://[^/@?#\s]+(/[^@?#\s]*)?$")], ...] = Field(
         min_length=1, description="one or several; each up to where /chat/completions begins, usually /v1"
     )
     api_key_env: str | None = Field(

@@ -14,6 +14,7 @@ from distill_pipeline.generation.budget import Spending, Usage
 from distill_pipeline.generation.protocol import Asked, Completion, failed_completion
 from distill_pipeline.generation.served import ServedModel
 from distill_pipeline.generation.server.asking import Ask, ServedRequests
+from distill_pipeline.generation.server.connections import Connections
 from distill_pipeline.generation.server.pacing import Endpoint, RateLimit, full_jitter, retry_after
 from distill_pipeline.generation.server.probe import probe, refusal
 from distill_pipeline.generation.server.replies import Fault, Reply, read_fault, read_reply
@@ -67,12 +68,9 @@ class Traffic:
     async def open(self) -> None:
         """Make the client, and probe every server."""
         self._wake = asyncio.Event()
-        headers = {"Content-Type": "application/json"}
-        if self._key is not None:
-            headers["Authorization"] = f"Bearer {self._key}"
-        limits = self._http.Limits(max_connections=None, max_keepalive_connections=None)
-        timeout = self._http.Timeout(self._deadline, connect=self._server.connect_seconds, pool=None)
-        self._client = self._http.AsyncClient(headers=headers, limits=limits, timeout=timeout)
+        self._client = Connections(
+            self._http, key=self._key, connect_seconds=self._server.connect_seconds, deadline=self._deadline
+        )  # fmt: skip
         if self._server.probe:
             for endpoint in self._endpoints:
                 try:
@@ -229,7 +227,7 @@ class Traffic:
     async def _outcome(self, ask: Ask, endpoint: Endpoint) -> Reply | Fault:
         try:
             async with asyncio.timeout(self._deadline):
-                response = await self._client.post(f"{endpoint.url}/chat/completions", content=self._requests.body(ask))
+                response = await self._client.post(f"{endpoint.url}/chat/completions", self._requests.body(ask))
         except (TimeoutError, self._http.ReadTimeout, self._http.WriteTimeout):
             self._spending.unreported += 1
             return Fault("failed", f"timeout: no answer within {self._deadline:.0f} s", is_overload=True)
@@ -318,7 +316,7 @@ class Traffic:
             )
             self._end(
                 GenerationError(
-                    f"teacher {self._name}: given up, no server answers any more ({listed}). Everything answered is stored: mend "
+                    f"teacher {self._name}: given up, no server answers any more ({listed}). What came is stored: mend "
                     "the server and run again."
                 )
             )
