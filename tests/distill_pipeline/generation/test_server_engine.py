@@ -17,6 +17,7 @@ import pytest
 
 from distill_pipeline.errors import BudgetError, ConfigError, GenerationError, MissingExtraError, ModelNotFoundError
 from distill_pipeline.generation import spool
+from distill_pipeline.generation.requests import request_key
 from distill_pipeline.generation.served import ServedModel
 from distill_pipeline.generation.spec import TeacherSpec
 from distill_pipeline.generation.stage import generate_outputs, missing_requests
@@ -96,6 +97,8 @@ def test_all_samples_of_a_prompt_are_one_request_and_rows_come_in_the_pools_orde
     assert {body["n"] for body in server.bodies} == {4}
     rows = bench.rows()
     assert [row["sample_index"] for row in rows] == [0, 1, 2, 3] * 30
+    keys = [request_key(outcome.facts["family"], row["prompt_id"], row["sample_index"]) for row in rows]
+    assert [row["request_key"] for row in rows] == keys
     assert [row["prompt_id"] for row in rows[::4]] == [
         row["prompt_id"] for batch in pool(questions(30)) for row in batch.to_pylist()
     ]
