@@ -30,7 +30,7 @@ quickstart: .venv/.run  ## install, fetch the default teacher, make every artifa
 
 test: .venv/.dev  ## static checks, then all tests that need no network and no GPU
 	scripts/check
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 check: .venv/.dev  ## static checks only
 	scripts/check

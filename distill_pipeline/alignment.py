@@ -22,55 +22,6 @@ CHUNK_BYTES = 8 << 20
 Places = NDArray[np.int64]
 
 
-@dataclass(slots=True)
-class PromptView:
-    """The prompt that completions belong to; messages are converted only when asked for."""
-
-    prompt_id: str
-    reference: str | None
-    domain: str
-    batch: pa.RecordBatch
-    row: int
-
-    def messages(self) -> list[dict[str, str]]:
-        """The prompt's messages."""
-        found: list[dict[str, str]] = self.batch.column("messages")[self.row].as_py()
-        return found
-
-    def metadata_json(self) -> str:
-        """The source's other columns as JSON."""
-        found: str = self.batch.column("metadata")[self.row].as_py()
-        return found
-
-
-class PromptCursor:
-    """Walks the pool forward to the prompts that completions name."""
-
-    def __init__(self, prompt_batches: Iterable[pa.RecordBatch]) -> None:
-        self._views = self._walk(prompt_batches)
-        self._current: PromptView | None = None
-
-    def seek(self, prompt_id: str) -> PromptView:
-        """The prompt of this id, at or after the last one.
-
-        Raises:
-            IntegrityError: the pool does not hold it there; the two artifacts do not belong together.
-        """
-        while self._current is None or self._current.prompt_id != prompt_id:
-            self._current = next(self._views, None)
-            if self._current is None:
-                raise _stray_completion(prompt_id)
-        return self._current
-
-    @staticmethod
-    def _walk(batches: Iterable[pa.RecordBatch]) -> Iterator[PromptView]:
-        for batch in batches:
-            columns = [batch.column(name).to_pylist() for name in ("prompt_id", "reference", "domain")]
-            for row in range(batch.num_rows):
-                prompt_id, reference, domain = (column[row] for column in columns)
-                yield PromptView(prompt_id, reference, domain, batch, row)
-
-
 def by_prompt(completion_batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     """The same rows in batches that never part the completions of one prompt."""
     held: list[pa.RecordBatch] = []
@@ -91,18 +42,55 @@ def by_prompt(completion_batches: Iterable[pa.RecordBatch]) -> Iterator[pa.Recor
 
 
 @dataclass(frozen=True)
-class AlignedChunk:
-    """Some prompts with all their completions and all scores of these, each in order. It can travel to another process.
+class PromptChunk:
+    """Some prompts with all their completions, in order.
 
-    ``prompts`` are rows of the pool, ``completions`` a teacher's outputs, ``scores`` their scores. The completions of prompt
-    ``i`` are rows ``starts[i]`` to ``starts[i + 1]``, the scores of completion ``j`` rows ``score_starts[j]`` to
-    ``score_starts[j + 1]``.
+    ``prompts`` are rows of the pool, ``completions`` a teacher's outputs. The completions of prompt ``i`` are rows
+    ``starts[i]`` to ``starts[i + 1]``.
     """
 
     prompts: pa.RecordBatch
     completions: pa.RecordBatch
-    scores: pa.RecordBatch
     starts: Places
+
+
+def prompt_chunks(
+    prompt_batches: Iterable[pa.RecordBatch],
+    completion_batches: Iterable[pa.RecordBatch],
+    *,
+    max_rows: int = CHUNK_ROWS,
+    max_bytes: int = CHUNK_BYTES,
+) -> Iterator[PromptChunk]:
+    """The rows of two stages side by side, in chunks of whole prompts and of at most so many completions or bytes.
+
+    A prompt with more completions than that is a chunk of its own. Texts are never turned into Python objects.
+
+    Raises:
+        IntegrityError: a completion's prompt is not in the pool, or not in this order.
+    """
+    prompts = _PromptRows(prompt_batches)
+    for batch in by_prompt(completion_batches):
+        ids = batch.column("prompt_id")
+        is_next = pc.not_equal(ids.slice(1), ids.slice(0, len(ids) - 1)).to_numpy(zero_copy_only=False)
+        starts = np.r_[0, np.flatnonzero(is_next) + 1, len(ids)]
+        limit = max(1, min(max_rows, max_bytes * batch.num_rows // max(1, batch.nbytes)))
+        first = 0
+        while first < len(starts) - 1:
+            end = max(first + 1, int(np.searchsorted(starts, starts[first] + limit, side="right")) - 1)
+            part = batch.slice(starts[first], starts[end] - starts[first])
+            rows = prompts.take(ids.take(pa.array(starts[first:end])).to_pylist())
+            yield PromptChunk(rows, part, starts[first : end + 1] - starts[first])
+            first = end
+
+
+@dataclass(frozen=True)
+class AlignedChunk(PromptChunk):
+    """A chunk with the scores of its completions, in order. It can travel to another process.
+
+    The scores of completion ``j`` are rows ``score_starts[j]`` to ``score_starts[j + 1]`` of ``scores``.
+    """
+
+    scores: pa.RecordBatch
     score_starts: Places
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -119,28 +107,15 @@ def aligned_chunks(
     max_rows: int = CHUNK_ROWS,
     max_bytes: int = CHUNK_BYTES,
 ) -> Iterator[AlignedChunk]:
-    """The rows of three stages side by side, in chunks of whole prompts and of at most so many completions or bytes.
-
-    A prompt with more completions than that is a chunk of its own. Texts are never turned into Python objects.
+    """The rows of three stages side by side, in the chunks of :func:`prompt_chunks`.
 
     Raises:
         IntegrityError: the three do not belong together or are not in one order.
     """
-    prompts, scores = _PromptRows(prompt_batches), _ScoreRows(score_batches)
-    for batch in by_prompt(completion_batches):
-        ids = batch.column("prompt_id")
-        is_next = pc.not_equal(ids.slice(1), ids.slice(0, len(ids) - 1)).to_numpy(zero_copy_only=False)
-        starts = np.r_[0, np.flatnonzero(is_next) + 1, len(ids)]
-        limit = max(1, min(max_rows, max_bytes * batch.num_rows // max(1, batch.nbytes)))
-        first = 0
-        while first < len(starts) - 1:
-            end = max(first + 1, int(np.searchsorted(starts, starts[first] + limit, side="right")) - 1)
-            part = batch.slice(starts[first], starts[end] - starts[first])
-            names = ids.take(pa.array(starts[first:end])).to_pylist()
-            rows = prompts.take(names)
-            score_rows, score_starts = scores.take(part.column("completion_id").to_pylist())
-            yield AlignedChunk(rows, part, score_rows, starts[first : end + 1] - starts[first], score_starts)
-            first = end
+    scores = _ScoreRows(score_batches)
+    for chunk in prompt_chunks(prompt_batches, completion_batches, max_rows=max_rows, max_bytes=max_bytes):
+        rows, score_starts = scores.take(chunk.completions.column("completion_id").to_pylist())
+        yield AlignedChunk(chunk.prompts, chunk.completions, chunk.starts, rows, score_starts)
     scores.close()
 
 
@@ -242,7 +217,7 @@ def _ipc_bytes(batch: pa.RecordBatch) -> bytes:
 
 def _unpacked(prompts: bytes, completions: bytes, scores: bytes, starts: Places, score_starts: Places) -> AlignedChunk:
     rows = (pa.ipc.open_stream(part).read_next_batch() for part in (prompts, completions, scores))
-    return AlignedChunk(next(rows), next(rows), next(rows), starts, score_starts)
+    return AlignedChunk(next(rows), next(rows), starts, next(rows), score_starts)
 
 
 def _stray_completion(prompt_id: str) -> IntegrityError:

@@ -56,6 +56,11 @@ class VocabularyMismatchError(DistillError, ValueError):
 class MissingExtraError(DistillError, ImportError):
     """An optional package is not installed. The message names the package and the pip command."""
 
+    @classmethod
+    def of(cls, what: str, package: str, extra: str) -> "MissingExtraError":
+        """The error of something that needs a package of one of this project's extras."""
+        return cls(f"{what} needs the package {package}. Install it: pip install 'distill-pipeline[{extra}]'")
+
 
 class ComputeError(DistillError, RuntimeError):
     """A worker process or a cluster was lost while it worked. A rerun helps if memory or the machine was the cause."""

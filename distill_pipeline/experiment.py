@@ -5,7 +5,7 @@ values that are allowed. Relative paths inside it start at the folder that holds
 folder of that name, and at the file's own folder otherwise, so that a file means the same from every working directory.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +58,32 @@ class Experiment(Spec):
         """The teacher whose distribution a student imitates and whose layers it inherits: the first of its data."""
         return self.students[student].data[0].split("/")[0]
 
+    def require_domains(self, found: Iterable[str]) -> None:
+        """Check the domains that filters name, as soon as those of the prompts are known: rows may name their own.
+
+        Args:
+            found: domains of the pool's prompts; those that the sources themselves name count too.
+        Raises:
+            ConfigError: no prompt is in a domain that a filter has settings for; the message lists all of them.
+        """
+        known = {ANY_DOMAIN, *found, *(source.domain for source in self.prompt_pool.sources)}
+        faults = [
+            f"filters.{name}.domains.{domain}: no prompt is in this domain"
+            for name, rule in self.filters.items()
+            for domain in rule.domains
+            if domain not in known
+        ]
+        if faults:
+            there = ", ".join(sorted(known - {ANY_DOMAIN}))
+            raise ConfigError(f"{'; '.join(faults)}. The prompts are in: {there}. Mend the name, or take it out.")
+
 
 def load_experiment(path: str | Path) -> Experiment:
     """Read and check an experiment file.
 
     Raises:
         ConfigError: the file is missing, is no YAML mapping, or has faults; the message lists all of them.
+        MissingExtraError: a JSON schema cannot be checked without its package.
     """
     file = Path(path)
     try:

@@ -60,10 +60,13 @@ class Pipeline:
 
         Raises:
             MissingInputError: an input was not made yet, or under other settings; the message says how to make it.
+            ConfigError: a filter names a domain that no prompt is in; found before a teacher is asked.
             EmptyResultError: the artifact did not pass its gate. Its rows are stored, and later stages refuse it.
         """
         node = self.node(name)
         inputs = {needed: self.input_of(needed) for needed in node.inputs}
+        if "prompt_pool" in inputs:
+            self.experiment.require_domains(inputs["prompt_pool"].manifest.facts["domains"])
         work = Work(
             self.experiment, self.store, node, inputs, self.teacher_device, self.student_device, self.progress, self.force
         )

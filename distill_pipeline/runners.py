@@ -127,7 +127,7 @@ def _run_scored_outputs(work: Work, out_dir: Path, input_key: str) -> Outcome:
     )  # fmt: skip
     return score_outputs(
         work.input("prompt_pool").batches(), work.input("teacher_outputs").batches(), out_dir,
-        scorers=work.experiment.scorers, context=context,
+        scorers=work.experiment.scorers, context=context, compute=work.experiment.compute,
     )  # fmt: skip
 
 

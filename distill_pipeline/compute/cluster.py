@@ -9,15 +9,18 @@ import importlib
 import os
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
+from distill_pipeline.compute.worker import release
 from distill_pipeline.errors import ComputeError, MissingExtraError
 
 Chunk = TypeVar("Chunk")
 Result = TypeVar("Result")
 
 _RESTARTS = 3
+_LEAVE_SECONDS = 5.0
 
 
 class RayCluster:
@@ -41,9 +44,7 @@ class RayCluster:
         try:
             ray: Any = importlib.import_module("ray")
         except ImportError as err:
-            raise MissingExtraError(
-                "compute: {engine: ray} needs the package ray. Install it: pip install 'distill-pipeline[ray]'"
-            ) from err
+            raise MissingExtraError.of("compute: {engine: ray}", "ray", "ray") from err
         self._ray = ray
         if not ray.is_initialized():
             here: dict[str, Any] = {} if self._address else {"num_cpus": self._wanted, "include_dashboard": False}
@@ -81,6 +82,9 @@ class _Actor:
     def work(self, chunk: Any) -> Any:
         return self._function(chunk)
 
+    def leave(self) -> None:
+        release(self._function)
+
 
 class RayWorker(Generic[Chunk, Result]):
     """One actor. See :class:`distill_pipeline.compute.ordered.Worker`."""
@@ -112,5 +116,8 @@ class RayWorker(Generic[Chunk, Result]):
         return found
 
     def close(self) -> None:
-        """End the actor at once."""
+        """End the actor at once, in the middle of a chunk too; its function is closed first unless it is at work."""
+        if not self._under_way:
+            with suppress(self._ray.exceptions.RayError):  # it is ended anyway
+                self._ray.get(self._actor.leave.remote(), timeout=_LEAVE_SECONDS)
         self._ray.kill(self._actor)

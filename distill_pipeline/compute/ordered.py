@@ -3,7 +3,7 @@
 A worker gets the function once, as a picklable ``prepare`` that builds it there (an index, a model), and then chunk after
 chunk. At most ``CHUNKS_PER_WORKER`` chunks a worker are under way, so memory is bounded by the size of a chunk, and the next
 chunk lies ready when a worker is done. Results come back in order and hold nothing of who made them: any number of workers
-gives the same stream.
+gives the same stream. A function that holds something has a ``close``, which is called when its worker ends.
 
 Decided: chunks go round the workers in turn, which needs no queue that is shared and no result that is kept back; chunks of
 one stage cost about the same. The chunk comes back beside its result, so that the result need not repeat what is in it.
@@ -17,6 +17,7 @@ from itertools import chain, islice
 from typing import Protocol, TypeVar
 
 from distill_pipeline.compute.spec import ComputeSpec
+from distill_pipeline.compute.worker import release
 
 CHUNKS_PER_WORKER = 2
 SMALL_CHUNKS = 8
@@ -40,18 +41,23 @@ class Worker(Protocol[ChunkIn, ResultOut]):
         ...
 
     def close(self) -> None:
-        """End at once, whatever is under way."""
+        """End at once, whatever is under way; the function lets go of what it holds."""
         ...
 
 
 def ordered_map(
-    prepare: Callable[[], Callable[[Chunk], Result]], chunks: Iterable[Chunk], compute: ComputeSpec
+    prepare: Callable[[], Callable[[Chunk], Result]],
+    chunks: Iterable[Chunk],
+    compute: ComputeSpec,
+    *,
+    small_chunks: int = SMALL_CHUNKS,
 ) -> Generator[tuple[Chunk, Result], None, None]:
     """Each chunk with its result, in order. Close the iterator (``contextlib.closing``) to end its processes early.
 
     Args:
         prepare: makes the function; called once in each worker. It, chunks and results must be picklable unless the work
             stays in this process.
+        small_chunks: how many make processes worth their start when the number of workers is ``auto``.
     Raises:
         ComputeError: a worker died. What the function itself raises comes out as it is.
         MissingExtraError: the engine is ``ray`` and Ray is not installed.
@@ -65,13 +71,16 @@ def ordered_map(
     waiting = iter(chunks)
     num_workers = num_cpus() if compute.workers == "auto" else compute.workers
     if compute.workers == "auto":
-        head = list(islice(waiting, SMALL_CHUNKS))
-        num_workers = num_workers if len(head) == SMALL_CHUNKS else 1
+        head = list(islice(waiting, small_chunks))
+        num_workers = num_workers if len(head) == small_chunks else 1
         waiting = chain(head, waiting)
         del head
     if num_workers == 1:
         function = prepare()
-        yield from ((chunk, function(chunk)) for chunk in waiting)
+        try:
+            yield from ((chunk, function(chunk)) for chunk in waiting)
+        finally:
+            release(function)
         return
     from distill_pipeline.compute.processes import ProcessWorker
 

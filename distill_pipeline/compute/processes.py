@@ -1,8 +1,9 @@
 """Workers that are processes of this machine, started by command line and spoken to through their pipes.
 
 Why not ``multiprocessing``: a forked process is unsafe beside threads, a spawned one runs the caller's main module again, and
-the processes of a killed parent stay. These end by themselves when the parent's end of their pipe closes, even by kill -9,
-and a Ctrl-C in the terminal reaches the parent alone. Pickles go through pipes between a parent and its own children only.
+the processes of a killed parent stay. These end by themselves when the parent's end of their pipe closes, even by kill -9 and
+in the middle of a chunk, and a Ctrl-C in the terminal reaches the parent alone. Pickles go through pipes between a parent and
+its own children only.
 """
 
 import json
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import IO, Generic, TypeVar
 
 from distill_pipeline.compute.frames import read_frame, write_frame
@@ -23,6 +25,9 @@ Result = TypeVar("Result")
 _START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from distill_pipeline.compute.worker import main; main()"
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 """There is a process for each CPU already."""
+
+_LEAVE_SECONDS = 5.0
+"""How long a process may take to let go of what its function holds."""
 
 
 class ProcessWorker(Generic[Chunk, Result]):
@@ -68,14 +73,15 @@ class ProcessWorker(Generic[Chunk, Result]):
         return found
 
     def close(self) -> None:
-        """End the process at once."""
-        self._process.kill()
-        self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout):
-            try:
-                _stream(stream).close()
-            except BrokenPipeError:
-                continue  # what was not yet read by a process that is dead
+        """End the process at once, in the middle of a chunk too; its function is closed first."""
+        with suppress(BrokenPipeError):  # what was not yet read by a process that is dead
+            _stream(self._process.stdin).close()
+        try:
+            self._process.wait(timeout=_LEAVE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        _stream(self._process.stdout).close()
 
     def _send(self, value: object) -> None:
         try:

@@ -1,4 +1,4 @@
-"""The ``compute`` part of an experiment file: where rows are filtered. It changes speed and memory, never a result."""
+"""The ``compute`` part of an experiment file: where rows are scored and filtered. It changes speed and memory, not results."""
 
 from typing import Annotated, Literal
 

@@ -1,7 +1,8 @@
 """The program of a worker process: build the function once, then answer one chunk after the other until the pipe closes.
 
 A thread reads ahead, so that the parent can always hand over the next chunk while this one is worked on, and neither waits
-for the other with a full pipe.
+for the other with a full pipe. When the pipe closes the parent is done, or dead: the thread ends the process in the middle of
+whatever it does, for nobody waits for a result any more.
 """
 
 import os
@@ -20,29 +21,41 @@ def main() -> None:
     """Answer what comes in by standard input. What the function prints goes to standard error."""
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    frames: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-    threading.Thread(target=_read_ahead, args=(sys.stdin.buffer, frames), daemon=True).start()
-    function: Callable[[Any], Any] | None = None
-    while (frame := frames.get()) is not None:
+    frames: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    functions: list[Callable[[Any], Any]] = []
+    reader = threading.Thread(target=_read_ahead, args=(sys.stdin.buffer, frames, functions), daemon=True)
+    reader.start()
+    while True:
+        frame = frames.get()
         reply: tuple[bool, Any]
         try:
-            if function is None:
-                function = pickle.loads(frame)()
+            if not functions:
+                functions.append(pickle.loads(frame)())
                 continue
-            reply = (True, function(pickle.loads(frame)))
+            reply = (True, functions[0](pickle.loads(frame)))
         except BaseException as err:
             reply = (False, _portable(err))
         try:
             write_frame(replies, pickle.dumps(reply, protocol=pickle.HIGHEST_PROTOCOL))
         except BrokenPipeError:
-            os._exit(1)  # the parent is gone, nobody is left to be told
-    os._exit(0)  # without waiting for the thread
+            reader.join()  # the parent is gone, nobody is left to be told
 
 
-def _read_ahead(stream: IO[bytes], frames: "queue.SimpleQueue[bytes | None]") -> None:
-    while (frame := read_frame(stream)) is not None:
-        frames.put(frame)
-    frames.put(None)
+def release(function: Callable[[Any], Any]) -> None:
+    """Close a function that holds something: one that has a ``close``."""
+    close = getattr(function, "close", None)
+    if close is not None:
+        close()
+
+
+def _read_ahead(stream: IO[bytes], frames: "queue.SimpleQueue[bytes]", functions: list[Callable[[Any], Any]]) -> None:
+    try:
+        while (frame := read_frame(stream)) is not None:
+            frames.put(frame)
+        for function in functions:
+            release(function)
+    finally:
+        os._exit(0)  # without waiting for the other thread
 
 
 def _portable(err: BaseException) -> BaseException:

@@ -13,7 +13,7 @@ import re
 from functools import lru_cache
 from typing import Any
 
-from distill_pipeline.errors import ConfigError
+from distill_pipeline.errors import MissingExtraError
 
 MIN_LETTERS = 20
 JUDGED_CHARS = 600
@@ -44,7 +44,7 @@ def other_language(text: str, allowed: tuple[str, ...]) -> str | None:
     Args:
         allowed: codes out of ``filtering.spec.LANGUAGE_CODES``.
     Raises:
-        ConfigError: py3langid is not installed.
+        MissingExtraError: py3langid is not installed.
     """
     prose = prose_of(text)[:JUDGED_CHARS]
     if sum(map(str.isalpha, prose)) < MIN_LETTERS:
@@ -80,7 +80,5 @@ def _identifier() -> Any:
     try:
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
     except ImportError as err:
-        raise ConfigError(
-            "the filter rule language needs the package py3langid. Install it: pip install 'distill-pipeline[scorers]'"
-        ) from err
+        raise MissingExtraError.of("the filter rule language", "py3langid", "scorers") from err
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)

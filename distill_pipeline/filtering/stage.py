@@ -68,6 +68,7 @@ def filter_outputs(
     Raises:
         IntegrityError: the three do not belong together or are not in one order.
         ComputeError: a worker was lost.
+        MissingExtraError: the package of a rule, or Ray where it is to work, is not installed.
     """
     ledger = Ledger(filter_name, rule)
     last_news = time.monotonic()

@@ -10,7 +10,6 @@ Decided: an answer that ended by itself serves every ``max_tokens`` that holds i
 """
 
 import json
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -21,8 +20,7 @@ import pyarrow as pa
 
 from distill_pipeline.generation.budget import Usage
 from distill_pipeline.generation.protocol import Completion
-from distill_pipeline.storage.files import write_whole
-from distill_pipeline.storage.parts import KeyIndex, part_files, read_part, remove_abandoned, write_part
+from distill_pipeline.storage.parts import KeyIndex, PartWriter, part_files, read_part, remove_abandoned
 
 STORED_SCHEMA = pa.schema(
     [
@@ -37,7 +35,7 @@ STORED_SCHEMA = pa.schema(
 )
 
 _WHAT = "generation store"
-_PAID = b"paid"
+_PAID = "paid"
 
 
 class GenerationStore:
@@ -63,10 +61,8 @@ class GenerationStore:
         """
         self.folder = root / family
         self.max_tokens = max_tokens
-        self._flush_rows, self._flush_seconds = flush_rows, flush_seconds
-        self._waiting: list[dict[str, Any]] = []
-        self._flushed_at = time.monotonic()
-        self._settings = settings
+        about = "family.json", json.dumps(settings, indent=1, sort_keys=True)
+        self._writer = PartWriter(self.folder, STORED_SCHEMA, about=about, flush_rows=flush_rows, flush_seconds=flush_seconds)
         remove_abandoned(self.folder)
         self._parts = part_files(self.folder)
         self._index = KeyIndex()
@@ -87,45 +83,42 @@ class GenerationStore:
 
     def add(self, completions: Iterable[Completion]) -> None:
         """Take answers for the next flush; failed ones are not kept."""
-        for done in completions:
-            if done.finish_reason != "error":
-                self._waiting.append(
-                    {
-                        "request_key": done.key, "raw_text": done.text, "finish_reason": done.finish_reason,
-                        "prompt_tokens": done.prompt_tokens, "completion_tokens": done.completion_tokens,
-                        "max_tokens": self.max_tokens, "logprob": done.logprob,
-                    }
-                )  # fmt: skip
+        self._writer.add(
+            {
+                "request_key": done.key, "raw_text": done.text, "finish_reason": done.finish_reason,
+                "prompt_tokens": done.prompt_tokens, "completion_tokens": done.completion_tokens,
+                "max_tokens": self.max_tokens, "logprob": done.logprob,
+            }
+            for done in completions
+            if done.finish_reason != "error"
+        )  # fmt: skip
 
     def pay(self, usage: Usage) -> None:
         """Take what answers cost for the next flush; :attr:`paid` is what the parts on disk say."""
-        self._unsaved += usage
+        if usage != Usage():
+            self._unsaved += usage
+            self._writer.note(_PAID, json.dumps(asdict(self._unsaved)))
 
     def flush_if_due(self) -> None:
         """Call between batches: writes when enough rows wait or enough time has gone by."""
-        if len(self._waiting) >= self._flush_rows or time.monotonic() - self._flushed_at >= self._flush_seconds:
-            self.flush()
+        self._index_part(self._writer.flush_if_due())
 
     def flush(self) -> None:
         """Write the waiting rows as one part; after this call a crash cannot lose them."""
-        self._flushed_at = time.monotonic()
-        if not self._waiting and self._unsaved == Usage():
-            return
-        if not (self.folder / "family.json").exists():
-            write_whole(self.folder / "family.json", json.dumps(self._settings, indent=1, sort_keys=True))
-        schema = STORED_SCHEMA.with_metadata({_PAID: json.dumps(asdict(self._unsaved)).encode()})
-        part = write_part(self.folder, pa.Table.from_pylist(self._waiting, schema=schema))
-        self._waiting.clear()
-        self._unsaved = Usage()
-        self._parts.append(part)
-        self._take([(len(self._parts) - 1, part)])
+        self._index_part(self._writer.flush())
+
+    def _index_part(self, part: Path | None) -> None:
+        if part is not None:
+            self._unsaved = Usage()
+            self._parts.append(part)
+            self._take([(len(self._parts) - 1, part)])
 
     def _take(self, parts: Iterable[tuple[int, Path]]) -> None:
         """Add the usable rows of parts to the index."""
         found = []
         for number, part in parts:
             table = read_part(part, ["request_key", "finish_reason", "completion_tokens", "max_tokens"], what=_WHAT)
-            self.paid += Usage(**json.loads((table.schema.metadata or {}).get(_PAID, b"{}")))
+            self.paid += Usage(**json.loads((table.schema.metadata or {}).get(_PAID.encode(), b"{}")))
             usable = self._usable(table).nonzero()[0]
             found.append((number, table["request_key"].take(pa.array(usable)).to_pylist(), usable))
         self._index.add(found)

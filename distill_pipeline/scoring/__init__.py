@@ -23,6 +23,7 @@ def score_answers(
         options: keyword arguments of the scorer. Models and what a judge said are kept in the user's cache folder.
     Raises:
         ConfigError: the kind or an option is unknown.
+        MissingExtraError: the scorer's package is not installed.
     """
     from distill_pipeline.scoring.notebook import notebook_context, notebook_rows
     from distill_pipeline.scoring.opening import open_scorer

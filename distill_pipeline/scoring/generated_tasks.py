@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from distill_pipeline.errors import ConfigError
+from distill_pipeline.errors import ConfigError, MissingExtraError
 from distill_pipeline.scoring.numbers import final_part
 from distill_pipeline.scoring.registry import ScoreValue
 from distill_pipeline.scoring.sandbox import SandboxError, confine
@@ -30,10 +30,11 @@ def require_reasoning_gym() -> None:
     """Confine this process, then load the verifiers.
 
     Raises:
-        ConfigError: reasoning-gym is not installed, or this machine allows no isolation.
+        MissingExtraError: reasoning-gym is not installed.
+        ConfigError: this machine allows no isolation.
     """
     if importlib.util.find_spec("reasoning_gym") is None:
-        raise ConfigError("it needs the package reasoning-gym. Install it: pip install 'distill-pipeline[reasoning-gym]'")
+        raise MissingExtraError.of("the scorer reasoning_gym", "reasoning-gym", "reasoning-gym")
     try:
         confine(_MEMORY_MB)
     except (SandboxError, OSError) as err:

@@ -17,7 +17,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
-from distill_pipeline.errors import ConfigError
+from distill_pipeline.errors import ConfigError, MissingExtraError
 from distill_pipeline.scoring.registry import Scorer, ScoreValue
 from distill_pipeline.scoring.worker import extras_of
 
@@ -44,7 +44,11 @@ class Bench:
         self._row = 0
 
     def __enter__(self) -> "Bench":
-        """Raises ConfigError when the scorer cannot be loaded at all, or refuses to work on this machine."""
+        """
+        Raises:
+            ConfigError: the scorer cannot be loaded at all, or refuses to work on this machine.
+            MissingExtraError: its package is not installed.
+        """
         if self.scorer.is_isolated:
             try:
                 self._worker = _Worker(self.scorer)
@@ -120,6 +124,8 @@ class _Worker:
             raise
         if "ready" not in reply:
             self.kill()
+            if "missing" in reply:
+                raise MissingExtraError(reply["missing"])
             if "refusal" in reply:
                 raise ConfigError(f"scorers: {scorer.kind} cannot be used: {reply['refusal']}")
             raise _Gone(reply.get("error", "it answered something else"))

@@ -5,7 +5,6 @@ code version, options, and model where it asks one. A row's key is a hash of wha
 parts that were there when it opened; 16 bytes a row stay in memory. Scores of rows that were lost are not kept.
 """
 
-import time
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,8 +15,7 @@ import pyarrow as pa
 
 from distill_pipeline.hashing import canonical_json, sha256_of
 from distill_pipeline.scoring.registry import ScoreValue
-from distill_pipeline.storage.files import write_whole
-from distill_pipeline.storage.parts import KeyIndex, part_files, read_part, remove_abandoned, write_part
+from distill_pipeline.storage.parts import KeyIndex, PartWriter, part_files, read_part, remove_abandoned
 
 KEPT_SCHEMA = pa.schema(
     [
@@ -49,9 +47,8 @@ class KeptScores:
             flush_rows: a part is written when so many scores wait, or after half a minute.
         """
         self.folder = root / sha256_of(dict(identity))[:32]
-        self._identity, self._flush_rows = identity, flush_rows
-        self._waiting: list[tuple[str, float | None, str]] = []
-        self._flushed_at = time.monotonic()
+        about = "scorer.json", canonical_json(dict(identity))
+        self._writer = PartWriter(self.folder, KEPT_SCHEMA, about=about, flush_rows=flush_rows, flush_seconds=_FLUSH_SECONDS)
         self._index: KeyIndex | None = None
         self._parts: list[Path] = []
         self._tables: OrderedDict[int, pa.Table] = OrderedDict()
@@ -70,22 +67,14 @@ class KeptScores:
 
     def add(self, scores: Iterable[tuple[str, ScoreValue]]) -> None:
         """Keep new scores under their keys, but for lost ones."""
-        self._waiting += [(key, value.score, storable(value.detail)) for key, value in scores if not value.lost]
-        if len(self._waiting) >= self._flush_rows or time.monotonic() - self._flushed_at >= _FLUSH_SECONDS:
-            self.flush()
+        self._writer.add(
+            {"key": key, "score": value.score, "detail": storable(value.detail)} for key, value in scores if not value.lost
+        )
+        self._writer.flush_if_due()
 
     def flush(self) -> None:
         """Write what waits; once this returns a crash cannot lose it."""
-        self._flushed_at = time.monotonic()
-        if not self._waiting:
-            return
-        if not (self.folder / "scorer.json").exists():
-            write_whole(self.folder / "scorer.json", canonical_json(dict(self._identity)))
-        columns = [
-            pa.array(column, field.type) for column, field in zip(zip(*self._waiting, strict=True), KEPT_SCHEMA, strict=True)
-        ]
-        write_part(self.folder, pa.Table.from_arrays(columns, schema=KEPT_SCHEMA))
-        self._waiting.clear()
+        self._writer.flush()
 
     def _indexed(self) -> KeyIndex:
         remove_abandoned(self.folder)

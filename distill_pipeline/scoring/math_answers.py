@@ -12,7 +12,7 @@ import re
 from fractions import Fraction
 from typing import Any
 
-from distill_pipeline.errors import ConfigError
+from distill_pipeline.errors import MissingExtraError
 from distill_pipeline.scoring.expressions import (
     as_quantity,
     final_answer,
@@ -37,13 +37,11 @@ _PAIRS = {"(": ")", "[": "]", "{": "}"}
 
 
 def require_math_verify() -> None:
-    """Raises ConfigError where math-verify is not installed."""
+    """Raises MissingExtraError where math-verify is not installed."""
     try:
         import math_verify  # noqa: F401
     except ImportError as err:
-        raise ConfigError(
-            f"it needs the package math-verify ({err}). Install it: pip install 'distill-pipeline[scorers]'"
-        ) from err
+        raise MissingExtraError.of("the scorer math", f"math-verify ({err})", "scorers") from err
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off, which they are to be
     _same_algebra("x^2 - 1", "(x - 1)(x + 1)")  # loads what the first row would wait for
 

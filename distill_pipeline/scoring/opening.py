@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 
 from distill_pipeline.hashing import canonical_json
 from distill_pipeline.scoring.registry import Scorer, ScoreValue, resolve_scorer
@@ -40,8 +39,8 @@ def open_scorer(spec: ScorerSpec, context: ScoringContext) -> OpenedScorer:
     return opened(scorer, context)
 
 
-def open_scorers(scorers: Mapping[str, Sequence[ScorerSpec]], context: ScoringContext, stack: ExitStack) -> DomainScorers:
-    """All scorers of an experiment, entered; the same scorer of two domains is opened once.
+def open_scorers(scorers: Mapping[str, Sequence[ScorerSpec]], context: ScoringContext) -> DomainScorers:
+    """All scorers of an experiment, not yet entered; the same scorer of two domains is one object.
 
     A scorer's name is its kind, and a number behind it when the kind comes again in its domain.
     """
@@ -55,6 +54,6 @@ def open_scorers(scorers: Mapping[str, Sequence[ScorerSpec]], context: ScoringCo
             number = kinds.count(spec.kind)
             key = canonical_json(spec.document())
             if key not in opened:
-                opened[key] = stack.enter_context(open_scorer(spec, context))
+                opened[key] = open_scorer(spec, context)
             named[spec.kind if number == 1 else f"{spec.kind}#{number}"] = opened[key]
     return found

@@ -46,7 +46,7 @@ class BuiltIn:
 
     ``module`` is one of this package; ``function`` scores one row, or where it is no ``is_row_function`` is the class of a
     scorer of many rows at once. ``start`` is ``module:function`` of it: a worker calls it before the first row, and it raises
-    ConfigError where the scorer cannot work on this machine.
+    ConfigError where the scorer cannot work on this machine, MissingExtraError where its package is missing.
     """
 
     function: str
@@ -137,7 +137,11 @@ class Scorer:
 
 
 def scorer_fault(kind: str, options: Mapping[str, Any]) -> str | None:
-    """What is wrong with a scorer's name or options, or None."""
+    """What is wrong with a scorer's name or options, or None.
+
+    Raises:
+        MissingExtraError: the package that must tell is not installed.
+    """
     if ":" in kind:
         if _USER_KIND.fullmatch(kind):
             return None
@@ -204,13 +208,11 @@ def _batch_fault(kind: str, options: Mapping[str, Any]) -> str | None:
 
 
 def _schema_fault(schema: Mapping[str, Any] | str) -> str | None:
-    """What is wrong with a schema, written in the experiment or in a file it names."""
+    """What is wrong with a schema, written in the experiment or in a file it names. Raises MissingExtraError."""
+    require_jsonschema()
     try:
-        require_jsonschema()
         text = Path(schema).read_text("utf-8") if isinstance(schema, str) else json.dumps(schema)
         json.loads(text)
-    except ConfigError as err:
-        return f"json_schema cannot be used: {err}"
     except (OSError, ValueError, TypeError) as err:
         return f"json_schema cannot read the schema {str(schema)[:80]!r}: {err}"
     fault = schema_fault(text)

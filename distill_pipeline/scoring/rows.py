@@ -74,12 +74,15 @@ class OpenedScorer(ABC):
     """A scorer in use: a context manager that scores any rows of its domain.
 
     ``identity`` is what its scores depend on beside the rows, ``version`` a short form of it for the score rows. ``kept``
-    holds its earlier scores, if they are kept. Subclasses whose rows of one prompt can only be scored together, and only all
-    of them, set ``scores_whole_prompts``; those whose scores are cheaper to make than to look up clear ``is_worth_keeping``.
+    holds its earlier scores, if they are kept; it stays behind when the scorer travels to another process. Subclasses whose
+    rows of one prompt can only be scored together, and only all of them, set ``scores_whole_prompts``; those whose scores are
+    cheaper to make than to look up clear ``is_worth_keeping``; those that hold no model and are worth the way set
+    ``is_movable``, and can be pickled before they are entered.
     """
 
     scores_whole_prompts = False
     is_worth_keeping = True
+    is_movable = False
 
     def __init__(self, scorer: Scorer, context: ScoringContext, **more_identity: Any) -> None:
         options = dict(scorer.options)
@@ -89,6 +92,9 @@ class OpenedScorer(ABC):
         self.kept: KeptScores | None = None
         if context.scores_dir is not None and self.is_worth_keeping:
             self.kept = KeptScores(context.scores_dir, self.identity)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"kept": None}
 
     def __enter__(self) -> Self:
         return self
@@ -107,6 +113,8 @@ class OpenedScorer(ABC):
 
 class BenchScorer(OpenedScorer):
     """A scorer that has a function of one row run where it cannot hurt: its own, or one that it uses."""
+
+    is_movable = True
 
     def __init__(self, scorer: Scorer, context: ScoringContext, function: Scorer) -> None:
         super().__init__(scorer, context)

@@ -8,17 +8,15 @@ import json
 from functools import lru_cache
 from typing import Any
 
-from distill_pipeline.errors import ConfigError
-
-_HINT = "Install it: pip install 'distill-pipeline[scorers]'"
+from distill_pipeline.errors import MissingExtraError
 
 
 def require_jsonschema() -> None:
-    """Raises ConfigError where jsonschema-rs is not installed."""
+    """Raises MissingExtraError where jsonschema-rs is not installed."""
     try:
         import jsonschema_rs  # noqa: F401
     except ImportError as err:
-        raise ConfigError(f"it needs the package jsonschema-rs ({err}). {_HINT}") from err
+        raise MissingExtraError.of("the scorer json_schema", f"jsonschema-rs ({err})", "scorers") from err
 
 
 @lru_cache(maxsize=64)

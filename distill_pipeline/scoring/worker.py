@@ -1,7 +1,8 @@
 """The process a scorer runs in when it may hang, crash or print: one JSON line in, one JSON line out.
 
 Started by :mod:`distill_pipeline.scoring.isolation`, which kills it with everything it started when a row takes too long.
-What the scorer prints goes to standard error, so that it cannot be taken for an answer.
+On Linux the kernel ends it when its caller dies, whatever the scorer is doing; elsewhere a row's alarm does. What the scorer
+prints goes to standard error, so that it cannot be taken for an answer.
 """
 
 import importlib
@@ -13,7 +14,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from distill_pipeline.errors import ConfigError
+from distill_pipeline.errors import ConfigError, MissingExtraError
 
 
 def answer_of(value: Any) -> tuple[float | None, str]:
@@ -75,9 +76,14 @@ def main() -> None:
     setup = json.loads(source.readline())
     sys.path[:] = [*sys.path, *(path for path in setup["search_path"] if path not in sys.path)]
     try:
+        _end_with_caller()
         function = load(setup["target"])
         if setup["start"]:
             load(setup["start"])()
+            _end_with_caller()  # a process that gave up its rights has lost the tie as well
+    except MissingExtraError as err:
+        _reply(sink, {"missing": str(err)})
+        return
     except ConfigError as err:
         _reply(sink, {"refusal": str(err)})
         return
@@ -94,6 +100,13 @@ def main() -> None:
         score, detail = score_once(function, request, extras)
         signal.setitimer(signal.ITIMER_REAL, 0)
         _reply(sink, {"row": request["row"], "score": score, "detail": detail})
+
+
+def _end_with_caller() -> None:
+    if sys.platform == "linux":
+        from distill_pipeline.scoring.namespaces import end_with_parent
+
+        end_with_parent()
 
 
 def _reply(sink: Any, message: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Folders of Parquet parts that only grow, and a small index of the keys in them.
+"""Folders of Parquet parts that only grow: a writer that gathers rows into parts, and a small index of the keys in them.
 
 Parts are never changed and appear whole under a name of their own, so several runs may write at once and a crash loses only
 what was not written yet. The index holds 16 bytes a row.
@@ -7,7 +7,7 @@ what was not written yet. The index holds 16 bytes a row.
 import os
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distill_pipeline.errors import IntegrityError
-from distill_pipeline.storage.files import sync
+from distill_pipeline.storage.files import sync, write_whole
 
 _ABANDONED_SECONDS = 86_400
 """A temporary file this old belongs to no living writer."""
@@ -27,7 +27,7 @@ def part_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("part-*.parquet"))
 
 
-def write_part(folder: Path, table: pa.Table) -> Path:
+def _write_part(folder: Path, table: pa.Table) -> Path:
     """Add a part; once this returns a crash cannot lose it."""
     folder.mkdir(parents=True, exist_ok=True)
     name = f"{time.time_ns():020d}-{uuid.uuid4().hex[:12]}.parquet"
@@ -59,6 +59,52 @@ def remove_abandoned(folder: Path) -> None:
                 path.unlink()
         except FileNotFoundError:
             continue
+
+
+class PartWriter:
+    """Rows on their way to a folder of parts. Nothing is written before the first row is.
+
+    Args:
+        about: name and text of a file that says what the folder holds; written before its first part.
+        flush_rows: :meth:`flush_if_due` writes when so many rows wait,
+        flush_seconds: or when the last write is so long ago.
+    """
+
+    def __init__(
+        self, folder: Path, schema: pa.Schema, *, about: tuple[str, str], flush_rows: int, flush_seconds: float
+    ) -> None:
+        self._folder, self._schema, self._about = folder, schema, about
+        self._flush_rows, self._flush_seconds = flush_rows, flush_seconds
+        self._waiting: list[Mapping[str, Any]] = []
+        self._notes: dict[str, str] = {}
+        self._flushed_at = time.monotonic()
+
+    def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Take rows for the next part."""
+        self._waiting.extend(rows)
+
+    def note(self, name: str, text: str) -> None:
+        """Put a text into the metadata of the next part, which is then written also without rows."""
+        self._notes[name] = text
+
+    def flush_if_due(self) -> Path | None:
+        """Call between batches: the part that was written, if it was time."""
+        is_due = len(self._waiting) >= self._flush_rows or time.monotonic() - self._flushed_at >= self._flush_seconds
+        return self.flush() if is_due else None
+
+    def flush(self) -> Path | None:
+        """Write what waits as one part; once this returns a crash cannot lose it. None where nothing waits."""
+        self._flushed_at = time.monotonic()
+        if not self._waiting and not self._notes:
+            return None
+        name, text = self._about
+        if not (self._folder / name).exists():
+            write_whole(self._folder / name, text)
+        schema = self._schema.with_metadata(self._notes) if self._notes else self._schema
+        part = _write_part(self._folder, pa.Table.from_pylist(self._waiting, schema=schema))
+        self._waiting.clear()
+        self._notes.clear()
+        return part
 
 
 class KeyIndex:

@@ -81,6 +81,18 @@ def test_an_unknown_baseline_lists_the_known_ones(document: dict[str, Any]) -> N
     assert "evaluation.baselines.2: unknown baseline 'gold'; known: teacher, untrained, kl, scratch, sft" in faults_of(document)
 
 
+def test_a_domain_of_a_filter_that_no_prompt_is_in_is_named_beside_the_known_ones(document: dict[str, Any]) -> None:
+    document["filters"]["verified"]["domains"] = {"maths": {"preset": "math"}, "math": {"min_score": 1.0}, "*": {}}
+    experiment = parse_experiment(document)
+    with pytest.raises(ConfigError) as caught:
+        experiment.require_domains(["math", "code"])
+    assert str(caught.value) == (
+        "filters.verified.domains.maths: no prompt is in this domain. The prompts are in: code, elementary, math. "
+        "Mend the name, or take it out."
+    )
+    experiment.require_domains(["maths", "math"])
+
+
 def test_relative_paths_start_above_the_experiments_folder(tmp_path: Path, document: dict[str, Any]) -> None:
     inside, outside = tmp_path / "experiments" / "x.yaml", tmp_path / "x.yaml"
     inside.parent.mkdir()

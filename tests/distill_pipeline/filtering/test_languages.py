@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distill_pipeline.errors import ConfigError
+from distill_pipeline.errors import MissingExtraError
 from distill_pipeline.filtering import languages
 from distill_pipeline.filtering.languages import MIN_LETTERS, other_language, prose_of
 
@@ -76,5 +76,5 @@ def test_a_missing_package_is_named_with_the_command(monkeypatch: pytest.MonkeyP
 
     languages._identifier.cache_clear()
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ConfigError, match=r"py3langid.*pip install 'distill-pipeline\[scorers\]'"):
+    with pytest.raises(MissingExtraError, match=r"py3langid.*pip install 'distill-pipeline\[scorers\]'"):
         other_language(OTHERS["fr"], ("en",))

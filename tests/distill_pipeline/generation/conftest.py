@@ -129,7 +129,7 @@ class FakeServer:
             date = formatdate(time.time(), usegmt=True) if self.requests["429"] % 2 else "0.01"
             return self._say(writer, 429, {"error": {"message": "slow down"}}, f"Retry-After: {date}\r\n")
         if fault == "hang":
-            await asyncio.sleep(30)
+            await asyncio.sleep(300)
         if fault == "garbage":
             return self._say(writer, 200, '{"choices": [{"index": 0, "mess')
         writer.transport.abort()

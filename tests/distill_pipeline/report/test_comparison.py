@@ -80,5 +80,14 @@ def test_text_table_is_aligned_and_names_the_baselines(reports: list[dict[str, A
         assert row[column].isdigit()
 
 
+def test_text_table_says_on_how_many_tokens_each_student_was_trained(reports: list[dict[str, Any]]) -> None:
+    reports[0]["cost"]["trained_tokens"] = 9_100
+    lines = comparison_text(build_comparison(reports)).splitlines()
+    header = next(line for line in lines if line.startswith("student"))
+    column = header.index("trained tokens")
+    shown = {line.split()[0]: line[column:].split()[0] for line in lines if line.startswith(("kl ", "sft ", "scratch "))}
+    assert shown == {"kl": "4.0K", "sft": "9.1K", "scratch": "\u2013"}
+
+
 def test_comparison_of_no_student_is_a_page(reports: list[dict[str, Any]]) -> None:
     assert "0 students side by side" in comparison_html(build_comparison([]))

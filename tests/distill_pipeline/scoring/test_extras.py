@@ -1,12 +1,15 @@
 """A scorer is given the prompt's other columns and its last user message where it has parameters for them."""
 
+import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
-from distill_pipeline.errors import ConfigError
+from distill_pipeline.errors import ConfigError, MissingExtraError
 from distill_pipeline.scoring import score_answers
+from distill_pipeline.scoring.generated_tasks import require_reasoning_gym
 from distill_pipeline.scoring.registry import resolve_scorer, scorer_fault
 from distill_pipeline.scoring.spec import ScorerSpec
 
@@ -66,8 +69,26 @@ def test_faults_are_found_before_anything_runs(kind: str, options: dict[str, obj
         resolve_scorer(ScorerSpec(kind=kind, options=options))
 
 
-def test_a_missing_package_is_named_with_its_install_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "math_verify.py").write_text("raise ImportError('no module of that name')")
+@pytest.mark.parametrize(
+    ("kind", "module", "extra"),
+    [("math", "math_verify", "scorers"), ("json_schema", "jsonschema_rs", "scorers")],
+)
+def test_a_missing_package_is_named_with_its_install_command(
+    kind: str, module: str, extra: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / f"{module}.py").write_text("raise ImportError('no module of that name')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with pytest.raises(ConfigError, match=r"math cannot be used.*pip install 'distill-pipeline\[scorers\]'"):
-        score_answers("math", [{"reference": "1", "answer": "1"}])
+    with pytest.raises(MissingExtraError, match=rf"{kind} needs the package .*pip install 'distill-pipeline\[{extra}\]'"):
+        score_answers(kind, [{"reference": "1", "answer": "1"}])
+
+
+def test_an_experiment_whose_schema_cannot_be_checked_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jsonschema_rs", None)
+    with pytest.raises(MissingExtraError, match=r"needs the package jsonschema-rs .*pip install 'distill-pipeline\[scorers\]'"):
+        scorer_fault("json_schema", {"schema": {"type": "integer"}})
+
+
+def test_generated_tasks_name_the_package_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"package reasoning-gym.*pip install 'distill-pipeline\[reasoning-gym\]'"):
+        require_reasoning_gym()

@@ -6,7 +6,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from distill_pipeline.errors import EmptyResultError
+import pytest
+
+from distill_pipeline.errors import ConfigError, EmptyResultError
 from distill_pipeline.experiment import parse_experiment
 from distill_pipeline.pipeline import Pipeline
 from distill_pipeline.storage.artifacts import Artifact, ArtifactStore
@@ -52,6 +54,14 @@ class World:
         return Pipeline(parse_experiment(self.document), ArtifactStore(self.folder / "data"), progress=lambda line: None)
 
 
+def test_a_misspelt_domain_of_a_filter_is_found_before_the_teacher_is_asked(tmp_path: Path, tiny_teacher_dir: Path) -> None:
+    world = World(tmp_path, tiny_teacher_dir, ["exact"])
+    world.document["filters"]["kept"]["domains"] = {"word": {"preset": "chat"}}
+    with pytest.raises(ConfigError, match=r"filters\.kept\.domains\.word: no prompt is in this domain.*in: words"):
+        world.scored()
+    assert [path.name for path in (tmp_path / "data").iterdir() if path.name == "teacher_outputs"] == []
+
+
 def test_only_what_changed_is_scored(tmp_path: Path, tiny_teacher_dir: Path, counting: Callable[[str], Any]) -> None:
     one, two = counting("one"), counting("two")
     world = World(tmp_path, tiny_teacher_dir, [one.kind, two.kind])
@@ -63,6 +73,10 @@ def test_only_what_changed_is_scored(tmp_path: Path, tiny_teacher_dir: Path, cou
         {"min_score": 0.0, "keep": "best_of_n"},
         {"min_score": 0.0, "keep": "shortest", "max_per_prompt": 2},
         {"min_score": 0.0, "drop": ["truncated", "refusal", "repetition", "empty", "duplicate"]},
+        {"preset": "short_answer"},
+        {"preset": "chat"},
+        {"preset": "chat", "domains": {"words": {"preset": "math"}}},
+        {"preset": "chat", "domains": {"words": {"preset": "code"}}},
         {},
     ]
     for rule in rules:
