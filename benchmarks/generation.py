@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from distill_pipeline.generation.engine import Completion, Request, TransformersEngine
+from distill_pipeline.generation.engine import Request, TransformersEngine
+from distill_pipeline.generation.protocol import Completion
 from distill_pipeline.models.load import load_model, load_tokenizer, resolve_device, resolve_dtype
 from distill_pipeline.models.resolve import resolve_model
 from distill_pipeline.rendering import ChatRenderer

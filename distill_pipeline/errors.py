@@ -41,6 +41,10 @@ class GenerationError(DistillError, RuntimeError):
     """The teacher as a whole stopped answering. What it answered is stored: a rerun asks only for the rest."""
 
 
+class BudgetError(DistillError, RuntimeError):
+    """A teacher's budget is used up. What it answered is stored: with a larger budget a rerun asks only for the rest."""
+
+
 class TrainingError(DistillError, RuntimeError):
     """Training cannot go on (no trainable token, a loss that is not a number). The last checkpoint is intact."""
 

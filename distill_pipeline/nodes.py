@@ -28,8 +28,8 @@ STAGE_COMMANDS: Mapping[Stage, str] = {
 }  # fmt: skip
 """The ``distill`` subcommand that makes each stage's artifacts."""
 
-NO_RESULT_CHANGE = {"batch_tokens", "micro_batch_tokens", "batch_size", "compute"}
-"""Fields that change speed or memory only, wherever they stand; ``compute`` says who works, and is in no node's part."""
+NO_RESULT_CHANGE = {"batch_tokens", "micro_batch_tokens", "batch_size", "compute", "server", "budget"}
+"""Fields that change speed, memory or cost only, wherever they stand; ``compute`` says who works, and is in no node's part."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,8 @@ def experiment_nodes(experiment: Experiment) -> dict[str, Node]:
     add("prompt_pool", "prompt_pool", prompts_spec.ALGORITHM, pool, ())
     for teacher, part in experiment.teachers.items():
         outputs, scored = f"teacher_outputs/{teacher}", f"scored_outputs/{teacher}"
-        spec = {"teacher": part.document(), "seed": experiment.seed}
+        answering = {key: value for key, value in part.document().items() if key != "weights"}
+        spec = {"teacher": answering, "seed": experiment.seed}
         add(outputs, "teacher_outputs", generation_spec.ALGORITHM, spec, ("prompt_pool",), teacher=teacher)
         scorers = {domain: [scorer.document() for scorer in listed] for domain, listed in experiment.scorers.items()}
         spec = {"scorers": scorers}
@@ -87,6 +88,7 @@ def experiment_nodes(experiment: Experiment) -> dict[str, Node]:
             "method": "+".join(dict.fromkeys(stage.method for stage in recipe.stages)),
         }
         model = {"model": frozen.model, "revision": frozen.revision, "system": frozen.system}
+        model |= {"weights": frozen.weights} if frozen.weights else {}
         spec = {"student": recipe.document(), "teacher": model, "seed": experiment.seed}
         sets = tuple(f"filtered_set/{ref}" for ref in recipe.data)
         checkpoint, report = f"student_checkpoint/{student}", f"eval_report/{student}"

@@ -146,6 +146,8 @@ def _plan_teacher(
     teacher = pipeline.experiment.teachers[name]
     mine = [row for row in prompts if "*" in teacher.domains or row["domain"] in teacher.domains]
     node, expected = f"teacher_outputs/{name}", len(mine) * teacher.sampling.n
+    if teacher.server is not None and mine:
+        return _plan_served(pipeline, name, mine), None
     if not probe or not mine:
         most = expected * teacher.sampling.max_tokens
         return PlanLine(
@@ -158,12 +160,30 @@ def _plan_teacher(
     return PlanLine(node, missing, tokens, size, missing / found.rows_per_second, note), found
 
 
+def _plan_served(pipeline: Pipeline, name: str, prompts: Sequence[dict[str, Any]]) -> PlanLine:
+    """What a served teacher will be asked for at most. It is not probed: that would cost."""
+    from distill_pipeline.generation.budget import Usage
+    from distill_pipeline.generation.stage import missing_requests
+
+    teacher, node = pipeline.experiment.teachers[name], f"teacher_outputs/{name}"
+    missing = missing_requests(
+        prompts, teacher=teacher, model=_work(pipeline, pipeline.node(node)).answering_model(name),
+        generations_dir=pipeline.store.local_folder("generations"), device=pipeline.teacher_device,
+        seed=pipeline.experiment.seed,
+    )  # fmt: skip
+    most = missing * teacher.sampling.max_tokens
+    note = f"{len(prompts) * teacher.sampling.n - missing:,} stored; tokens at most"
+    if teacher.budget is not None:
+        note += f", {Usage(completion_tokens=most).usd(teacher.budget):,.2f} USD for them at most, prompts not counted"
+    return PlanLine(node, missing, most, int(most * BYTES_A_TOKEN), None, note)
+
+
 def _probe_teacher(pipeline: Pipeline, name: str, prompts: Sequence[dict[str, Any]]) -> tuple[TeacherProbe, int]:
     """Answer a few evenly spaced prompts and count what the generation store lacks."""
     from distill_pipeline.generation.stage import generate_outputs, missing_requests
 
     teacher = pipeline.experiment.teachers[name]
-    model = _work(pipeline, pipeline.node(f"teacher_outputs/{name}")).teacher_model()
+    model = _work(pipeline, pipeline.node(f"teacher_outputs/{name}")).answering_model(name)
     missing = missing_requests(
         prompts, teacher=teacher, model=model, generations_dir=pipeline.store.local_folder("generations"),
         device=pipeline.teacher_device, seed=pipeline.experiment.seed,

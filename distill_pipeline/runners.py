@@ -47,7 +47,13 @@ def _filter_externals(work: Work) -> dict[str, str]:
 def _teacher_externals(work: Work) -> dict[str, str]:
     teacher = work.experiment.teachers[work.teacher_name]
     check_license(work.teacher_name, teacher.license, teacher.accept)
-    return {f"model:{teacher.model}": work.teacher_model().identity}
+    return {f"model:{teacher.weights or teacher.model}": work.teacher_model().identity}
+
+
+def _outputs_externals(work: Work) -> dict[str, str]:
+    teacher = work.experiment.teachers[work.teacher_name]
+    check_license(work.teacher_name, teacher.license, teacher.accept)
+    return {f"model:{teacher.model}": work.answering_model(work.teacher_name).identity}
 
 
 def _student_externals(work: Work) -> dict[str, str]:
@@ -75,7 +81,7 @@ def _nothing(work: Work) -> dict[str, str]:
 
 
 EXTERNAL_INPUTS: Mapping[Stage, Callable[[Work], dict[str, str]]] = {
-    "prompt_pool": _pool_externals, "teacher_outputs": _teacher_externals, "scored_outputs": _scorer_externals,
+    "prompt_pool": _pool_externals, "teacher_outputs": _outputs_externals, "scored_outputs": _scorer_externals,
     "filtered_set": _filter_externals, "student_checkpoint": _student_externals, "eval_report": _report_externals,
     "comparison": _nothing,
 }  # fmt: skip
@@ -99,7 +105,7 @@ def _run_teacher_outputs(work: Work, out_dir: Path, input_key: str) -> Outcome:
 
     name = work.teacher_name
     teacher = work.experiment.teachers[name]
-    model = work.teacher_model()
+    model = work.answering_model(name)
     outcome = generate_outputs(
         work.input("prompt_pool").batches(), out_dir, teacher_name=name, teacher=teacher, model=model,
         generations_dir=work.store.local_folder("generations"), device=work.teacher_device, seed=work.experiment.seed,
@@ -107,8 +113,8 @@ def _run_teacher_outputs(work: Work, out_dir: Path, input_key: str) -> Outcome:
     )  # fmt: skip
     identity = {"name": name, "model": teacher.model, "revision": model.revision, "identity": model.identity}
     terms = check_license(name, teacher.license, teacher.accept)
-    remote_code = {"trust_remote_code": teacher.trust_remote_code}
-    return Outcome(outcome.counts, outcome.facts | {"teacher": identity | terms | remote_code}, outcome.failed_gate)
+    how = {"engine": teacher.engine, "trust_remote_code": teacher.trust_remote_code}
+    return Outcome(outcome.counts, outcome.facts | {"teacher": identity | terms | how}, outcome.failed_gate)
 
 
 def _run_scored_outputs(work: Work, out_dir: Path, input_key: str) -> Outcome:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from distill_pipeline.errors import ConfigError
 from distill_pipeline.experiment import Experiment
 from distill_pipeline.nodes import Node
 from distill_pipeline.outcome import Progress
@@ -12,6 +13,7 @@ from distill_pipeline.scoring.registry import scorer_models
 from distill_pipeline.storage.artifacts import Artifact, ArtifactStore
 
 if TYPE_CHECKING:
+    from distill_pipeline.generation.opening import TeacherModel
     from distill_pipeline.models.resolve import ModelFolder
     from distill_pipeline.prompts.contamination import ContaminationIndex
 
@@ -47,18 +49,35 @@ class Work:
         return self.node.teacher
 
     def teacher_model(self) -> "ModelFolder":
-        """The folder of the node's teacher."""
+        """The folder of the node's teacher. Raises ConfigError for one that is only served."""
         teacher = self.experiment.teachers[self.teacher_name]
+        if teacher.engine == "openai":
+            if teacher.weights is None:
+                raise ConfigError(
+                    f"teacher {self.teacher_name} is served, and this needs its weights: set "
+                    f"teachers.{self.teacher_name}.weights to the same model as a Hub id or folder."
+                )
+            return self.model(teacher.weights)
         return self.model(teacher.model, teacher.revision)
 
-    def scoring_models(self) -> "dict[tuple[str, str | None], ModelFolder]":
-        """The folders of the models that the experiment's scorers ask: named as a teacher, or by a reference."""
-        found = {}
-        for name, revision in scorer_models(self.experiment.scorers):
-            teacher = self.experiment.teachers.get(name)
-            where = (teacher.model, revision or teacher.revision) if teacher else (name, revision)
-            found[name, revision] = self.model(*where)
-        return found
+    def answering_model(self, name: str, revision: str | None = None) -> "TeacherModel":
+        """A teacher as it answers: a folder, or a model at a server; ``revision`` goes before its own."""
+        from distill_pipeline.generation.served import ServedModel
+
+        teacher = self.experiment.teachers[name]
+        revision = revision or teacher.revision
+        if teacher.server is None:
+            return self.model(teacher.model, revision)
+        counting = teacher.tokenizer or teacher.weights
+        return ServedModel(teacher.model, revision, teacher.server, self.model(counting).path if counting else None)
+
+    def scoring_models(self) -> "dict[tuple[str, str | None], TeacherModel]":
+        """The models that the experiment's scorers ask: named as a teacher, or by a reference."""
+        teachers, wanted = self.experiment.teachers, scorer_models(self.experiment.scorers)
+        return {
+            (name, revision): self.answering_model(name, revision) if name in teachers else self.model(name, revision)
+            for name, revision in wanted
+        }
 
     def input(self, prefix: str) -> Artifact:
         """The only input whose name begins so."""

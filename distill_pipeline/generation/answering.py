@@ -1,8 +1,13 @@
-"""One run over the pool's windows: ask for what is missing, store it batch after batch, write the rows, count everything."""
+"""One run over the pool's windows: has what is missing made, stores it as it comes, writes the rows, counts everything.
+
+A window's rows are written when its last completion is there. Engines may have several windows open, so that a server is
+never left idle while the slowest completions of one window are waited for.
+"""
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,19 +15,31 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distill_pipeline.errors import ConfigError, GenerationError, IntegrityError
-from distill_pipeline.generation.engine import Completion, Request, TransformersEngine
+from distill_pipeline.errors import GenerationError, IntegrityError
+from distill_pipeline.generation.budget import Spending
+from distill_pipeline.generation.protocol import Asked, Completion, Engine
 from distill_pipeline.generation.reasoning import split_reasoning
 from distill_pipeline.generation.requests import request_key
-from distill_pipeline.generation.sampling import Sampling
-from distill_pipeline.generation.spec import SamplingSpec
 from distill_pipeline.generation.store import GenerationStore
 from distill_pipeline.hashing import sha256_of
 from distill_pipeline.outcome import Progress
 from distill_pipeline.records import COMPLETION_SCHEMA
-from distill_pipeline.rendering import ChatRenderer
 
 PROGRESS_SECONDS = 5.0
+ROWS_AT_ONCE = 16_384
+"""Rows of a window that are in memory while they are written."""
+
+Prompt = dict[str, Any]
+
+
+@dataclass
+class _Window:
+    """Prompts whose rows go into one file, and how many of their completions are still to come."""
+
+    path: Path
+    prompts: Sequence[Prompt]
+    outstanding: int
+    failed: dict[str, Completion] = field(default_factory=dict)
 
 
 @dataclass
@@ -30,73 +47,101 @@ class AnsweringRun:
     """One run of the stage: what it needs in every window and what it counts."""
 
     teacher_name: str
-    sampling: SamplingSpec
+    samples_per_prompt: int
     family: str
     store: GenerationStore
-    renderer: ChatRenderer
+    engine: Engine
+    spending: Spending
     expected: int
     progress: Progress
     missing: int = 0
-    engine: TransformersEngine | None = None
     counts: Counter[str] = field(default_factory=Counter)
     errors: Counter[str] = field(default_factory=Counter)
     first_error: str = ""
-    generated_tokens: int = 0
     engine_seconds: float = 0.0
     tokens: Counter[str] = field(default_factory=Counter)
     _answered: int = 0
     _said_at: float = field(default_factory=time.monotonic)
+    _open: dict[str, _Window] = field(default_factory=dict)
+    """The open window of each completion that is still to come, by key."""
 
     def keys_of(self, prompt_id: str) -> list[str]:
-        return [request_key(self.family, prompt_id, index) for index in range(self.sampling.n)]
+        return [request_key(self.family, prompt_id, index) for index in range(self.samples_per_prompt)]
 
-    def missing_of(self, window: Sequence[dict[str, Any]]) -> list[tuple[int, str]]:
-        """(index of the prompt in the window, key) of every request without a stored answer."""
-        wanted = [(index, key) for index, prompt in enumerate(window) for key in self.keys_of(prompt["prompt_id"])]
-        there = self.store.has([key for _, key in wanted])
-        return [request for request, found in zip(wanted, there, strict=True) if not found]
+    def missing_of(self, window: Sequence[Prompt]) -> list[Asked]:
+        """The prompts of a window with the keys that have no stored answer, where there are any."""
+        keys = [self.keys_of(prompt["prompt_id"]) for prompt in window]
+        there = iter(self.store.has([key for group in keys for key in group]))
+        asked = []
+        for prompt, group in zip(window, keys, strict=True):
+            if missing := tuple(key for key in group if not next(there)):
+                asked.append(Asked(prompt["messages"], missing))
+        return asked
 
-    def answer_window(self, window: Sequence[dict[str, Any]], path: Path) -> None:
-        """Ask for what is missing in a window, then write all its rows."""
-        missing = self.missing_of(window)
-        failed = {} if not missing else self._ask(window, missing)
-        self.store.flush()
-        keys = [key for prompt in window for key in self.keys_of(prompt["prompt_id"])]
-        stored = self.store.read(keys)
-        rows = []
-        for prompt in window:
-            for index, key in enumerate(self.keys_of(prompt["prompt_id"])):
-                rows.append(self._row(prompt["prompt_id"], index, key, stored.get(key) or failed.get(key)))
-            self.tokens["prompt"] += rows[-1]["prompt_tokens"]
-        self.counts["reused"] += len(keys) - len(missing)
-        self.counts["generated"] += len(missing) - len(failed)
-        pq.write_table(pa.Table.from_pylist(rows, schema=COMPLETION_SCHEMA), path, compression="zstd")
+    def answer(self, windows: Iterable[Sequence[Prompt]], out_dir: Path) -> None:
+        """Have everything made that is missing, and write all rows as ``part-*.parquet``, one file a window.
 
-    def _ask(self, window: Sequence[dict[str, Any]], missing: Sequence[tuple[int, str]]) -> dict[str, dict[str, Any]]:
-        """Generate, store batch after batch, and return what failed by key."""
-        assert self.engine is not None, "the engine is loaded whenever a request is missing"
-        sampling, failed = self.sampling, {}
-        prompts = {index: rendered(self.renderer, window[index]["messages"]) for index in dict.fromkeys(i for i, _ in missing)}
-        requests = []
-        for index, key in missing:
-            ids = prompts[index]
-            if isinstance(ids, str):
-                failed[key] = failure(ids)
+        Raises what the engine raises; whatever came until then is in the store.
+        """
+        asked_at = time.monotonic()
+        try:
+            with closing(self.engine.answer(self._asked(windows, out_dir), self.spending)) as lists:
+                for completions in lists:
+                    self.engine_seconds += time.monotonic() - asked_at
+                    self._take(completions)
+                    asked_at = time.monotonic()
+        finally:
+            self.store.pay(self.spending.take_unsaved())
+            self.store.flush()
+
+    def _asked(self, windows: Iterable[Sequence[Prompt]], out_dir: Path) -> Iterator[list[Asked]]:
+        """What is missing, window by window; windows without any are written at once."""
+        for number, prompts in enumerate(windows):
+            asked = self.missing_of(prompts)
+            window = _Window(out_dir / f"part-{number:05d}.parquet", prompts, sum(len(one.keys) for one in asked))
+            self.counts["reused"] += len(prompts) * self.samples_per_prompt - window.outstanding
+            if asked:
+                self._open.update((key, window) for one in asked for key in one.keys)
+                yield asked
             else:
-                requests.append(Request(key, ids))
-        draw = Sampling(sampling.temperature, sampling.top_k, sampling.top_p)
-        self._answered += len(failed)
-        for batch in self.engine.plan_batches(requests, max_tokens=sampling.max_tokens):
-            started = time.monotonic()
-            completions = self.engine.run_batch(batch, max_tokens=sampling.max_tokens, sampling=draw)
-            self.engine_seconds += time.monotonic() - started
-            self.generated_tokens += sum(done.completion_tokens for done in completions)
-            self._answered += len(batch)
-            self.store.add(completions)
-            self.store.flush_if_due()
-            failed.update(failures(completions))
-            self._say()
-        return failed
+                self._write(window)
+
+    def _take(self, completions: Sequence[Completion]) -> None:
+        """Store completions, and write the windows that have all of theirs."""
+        self.store.add(completions)
+        self.store.pay(self.spending.take_unsaved())
+        self.store.flush_if_due()
+        for done in completions:
+            window = self._open.pop(done.key)
+            window.outstanding -= 1
+            if done.finish_reason == "error":
+                window.failed[done.key] = done
+            else:
+                self.counts["generated"] += 1
+            if window.outstanding == 0:
+                self.store.flush()
+                self._write(window)
+        self._answered += len(completions)
+        self._say()
+
+    def _write(self, window: _Window) -> None:
+        """All rows of a window, from the store."""
+        prompts_at_once = max(1, ROWS_AT_ONCE // self.samples_per_prompt)
+        with pq.ParquetWriter(window.path, COMPLETION_SCHEMA, compression="zstd") as writer:
+            for start in range(0, len(window.prompts), prompts_at_once):
+                prompts = window.prompts[start : start + prompts_at_once]
+                rows = list(self._rows(prompts, window.failed))
+                writer.write_table(pa.Table.from_pylist(rows, schema=COMPLETION_SCHEMA))
+
+    def _rows(self, prompts: Sequence[Prompt], failed: dict[str, Completion]) -> Iterator[dict[str, Any]]:
+        keys = [self.keys_of(prompt["prompt_id"]) for prompt in prompts]
+        stored = self.store.read([key for group in keys for key in group])
+        for prompt, group in zip(prompts, keys, strict=True):
+            row = None
+            for index, key in enumerate(group):
+                answer = stored.get(key) or (stored_form(failed[key]) if key in failed else None)
+                yield (row := self._row(prompt["prompt_id"], index, key, answer))
+            self.tokens["prompt"] += row["prompt_tokens"] if row else 0
 
     def _row(self, prompt_id: str, index: int, key: str, answer: dict[str, Any] | None) -> dict[str, Any]:
         if answer is None:
@@ -116,20 +161,20 @@ class AnsweringRun:
         }  # fmt: skip
 
     def _say(self) -> None:
-        if time.monotonic() - self._said_at < PROGRESS_SECONDS:
+        if not self._answered or time.monotonic() - self._said_at < PROGRESS_SECONDS:
             return
         self._said_at = time.monotonic()
         left = self.engine_seconds / self._answered * (self.missing - self._answered)
         done = self.expected - self.missing + self._answered
         self.progress(
             f"{self.teacher_name}: {done:,}/{self.expected:,} completions, "
-            f"{self.generated_tokens / self.engine_seconds:,.0f} tokens/s, {_duration(left)} left"
+            f"{self.spending.now.completion_tokens / self.engine_seconds:,.0f} tokens/s, {_duration(left)} left"
         )
 
     def final_counts(self, num_prompts: int) -> dict[str, int]:
         """The counts, once they add up."""
         counts = {
-            "prompts": num_prompts, "samples_per_prompt": self.sampling.n, "expected": self.expected,
+            "prompts": num_prompts, "samples_per_prompt": self.samples_per_prompt, "expected": self.expected,
             "reused": self.counts["reused"], "generated": self.counts["generated"], "stopped": self.counts["stopped"],
             "truncated": self.counts["truncated"], "failed": self.counts["failed"], "pending": 0,
         }  # fmt: skip
@@ -145,36 +190,22 @@ class AnsweringRun:
         return counts
 
     def facts(self) -> dict[str, Any]:
-        speed = self.generated_tokens / self.engine_seconds if self.engine_seconds else None
+        generated = self.spending.now.completion_tokens
+        speed = generated / self.engine_seconds if generated else None
         return {
             "prompt_tokens": self.tokens["prompt"], "completion_tokens": self.tokens["completion"],
-            "generated_tokens": self.generated_tokens, "tokens_per_second": speed and round(speed, 1),
-            "seconds": round(self.engine_seconds, 3), "errors": dict(self.errors),
-            "shares_prefixes": None if self.engine is None else self.engine.shares_prefixes,
+            "generated_tokens": generated, "tokens_per_second": speed and round(speed, 1),
+            "seconds": round(self.engine_seconds, 3), "errors": dict(self.errors), "cost": self.spending.facts(),
+            **self.engine.facts(),
         }  # fmt: skip
 
 
-def rendered(renderer: ChatRenderer, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...] | str:
-    """A prompt's ids, or the error of one that cannot be rendered."""
-    try:
-        return tuple(renderer.prompt_ids(messages))
-    except ConfigError as err:
-        return f"render_failed: {err}"
-
-
-def failure(error: str | None, *, prompt_tokens: int = 0, completion_tokens: int = 0) -> dict[str, Any]:
-    """A request that failed, in the form of a stored answer, with its error."""
+def stored_form(done: Completion) -> dict[str, Any]:
+    """A completion in the form of a stored answer, with its error."""
     return {
-        "raw_text": "", "finish_reason": "error", "error": error, "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens, "logprob": None,
+        "raw_text": done.text, "finish_reason": done.finish_reason, "error": done.error, "prompt_tokens": done.prompt_tokens,
+        "completion_tokens": done.completion_tokens, "logprob": done.logprob,
     }  # fmt: skip
-
-
-def failures(completions: Iterable[Completion]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(key, :func:`failure`) of those that failed."""
-    for done in completions:
-        if done.finish_reason == "error":
-            yield done.key, failure(done.error, prompt_tokens=done.prompt_tokens, completion_tokens=done.completion_tokens)
 
 
 def _duration(seconds: float) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from distill_pipeline.generation.decoders import Decoder, decoder_for
+from distill_pipeline.generation.protocol import Completion
 from distill_pipeline.generation.sampling import Sampling, sample_tokens
 from distill_pipeline.generation.shared_prefix import SharedPrefixDecoder
 from distill_pipeline.records import FinishReason
@@ -32,27 +33,6 @@ class Request:
 
     key: str
     prompt_ids: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What became of a request.
-
-    ``finish_reason`` is ``stop`` (an end token was drawn), ``length`` (cut at max_tokens or at the end of the model's
-    context) or ``error``; then ``error`` begins with its class and a colon, for instance ``prompt_too_long: ...``.
-    ``completion_tokens`` and ``logprob`` (nats, see :func:`sample_tokens`) count the end token; ``text`` and ``token_ids``
-    are without it, and ``end_token_id`` is which one it was.
-    """
-
-    key: str
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: FinishReason
-    prompt_tokens: int
-    completion_tokens: int
-    logprob: float | None
-    error: str | None = None
-    end_token_id: int | None = None
 
 
 class TransformersEngine:

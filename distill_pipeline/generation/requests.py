@@ -11,16 +11,18 @@ from typing import Any
 from distill_pipeline.generation.spec import SamplingSpec
 from distill_pipeline.hashing import sha256_of
 
-ENGINE = "transformers/1"
-"""Engine kind and version; raise when the same request would draw other tokens."""
+LOCAL_ENGINE = "transformers/1"
+SERVER_ENGINE = "openai/1"
+"""Engine kinds and versions; raise one when the same request would draw other tokens."""
 
 
 def family_settings(
-    *, identity: str, revision: str | None, dtype: str, system: str | None, rendering: str, sampling: SamplingSpec, seed: int
-) -> dict[str, Any]:
+    *, identity: str, revision: str | None, engine: str, dtype: str | None, system: str | None, rendering: str,
+    sampling: SamplingSpec, seed: int,
+) -> dict[str, Any]:  # fmt: skip
     """The settings of a family by name, flat, so that two families can be compared line by line."""
     return {
-        "model": identity, "revision": revision, "engine": ENGINE, "dtype": dtype, "system": system, "rendering": rendering,
+        "model": identity, "revision": revision, "engine": engine, "dtype": dtype, "system": system, "rendering": rendering,
         "temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p, "seed": seed,
     }  # fmt: skip
 

@@ -1,8 +1,9 @@
 """The ``teachers`` part of an experiment file."""
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, StringConstraints, model_validator
 
 from distill_pipeline.spec import Spec
 
@@ -15,17 +16,75 @@ class SamplingSpec(Spec):
 
     n: int = Field(4, ge=1, le=4096, description="completions a prompt")
     temperature: float = Field(0.7, ge=0.0, le=10.0)
-    top_k: int = Field(50, ge=1, le=1024, description="sampled among this many likeliest tokens")
+    top_k: int | None = Field(
+        50, ge=1, le=1024, description="sampled among this many likeliest tokens; a server is told only where it is set"
+    )
     top_p: float = Field(0.95, gt=0.0, le=1.0, description="and among the likeliest tokens that hold this mass")
     max_tokens: int = Field(512, ge=1, le=131_072, description="longest completion, in the teacher's tokens")
+
+
+class ServerSpec(Spec):
+    """Where an OpenAI-compatible server is and how it is asked. Nothing here changes an answer: it enters no version."""
+
+    base_url: tuple[Annotated[str, StringConstraints(pattern=r"^https?://[^/@?#\s]+(/[^@?#\s]*)?$")], ...] = Field(
+        min_length=1, description="one or several; each up to where /chat/completions begins, usually /v1"
+    )
+    api_key_env: str | None = Field(
+        None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", description="name of the environment variable that holds the key"
+    )
+    probe: bool = Field(True, description="ask GET /models for key, address and model before the first prompt")
+    samples_per_request: int | None = Field(None, ge=1, description="most samples of one prompt in a request; null is all")
+    max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    max_concurrency: int = Field(256, ge=1, le=8192, description="most requests in flight at one base_url")
+    requests_per_minute: int | None = Field(None, ge=1, description="over all base_urls")
+    tokens_per_minute: int | None = Field(None, ge=1, description="prompt and completion tokens, over all base_urls")
+    connect_seconds: float = Field(10.0, gt=0.0)
+    timeout_seconds: float = Field(60.0, gt=0.0, description="deadline of a request without its completion's tokens")
+    timeout_seconds_a_token: float = Field(0.1, ge=0.0, description="added to the deadline for each of max_tokens")
+    max_attempts: int = Field(5, ge=1, le=100, description="times a request is sent before its failure is recorded")
+    backoff_seconds: float = Field(0.5, gt=0.0, description="the first wait is up to so long; it doubles with each attempt")
+    max_backoff_seconds: float = Field(60.0, gt=0.0)
+    dead_after_failures: int = Field(20, ge=1, description="a server is given up after so many failures without a success")
+    dead_after_seconds: float = Field(120.0, ge=0.0, description="and so long after its last success")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_url_is_a_list(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and isinstance(data.get("base_url"), str):
+            return {**data, "base_url": [data["base_url"]]}
+        return data
+
+
+class BudgetSpec(Spec):
+    """What a teacher's answers under its present settings may cost, over all runs. Tokens are those it reports."""
+
+    max_usd: float | None = Field(None, gt=0.0)
+    max_tokens: int | None = Field(None, ge=1, description="prompt and completion tokens")
+    usd_per_million_prompt_tokens: float = Field(0.0, ge=0.0)
+    usd_per_million_completion_tokens: float = Field(0.0, ge=0.0)
+
+    @model_validator(mode="after")
+    def _has_prices(self) -> "BudgetSpec":
+        if self.max_usd is not None and not self.usd_per_million_prompt_tokens + self.usd_per_million_completion_tokens:
+            raise ValueError("max_usd needs usd_per_million_prompt_tokens and usd_per_million_completion_tokens")
+        return self
+
+
+def _is_unset(value: Any) -> bool:
+    """Fields that came after the first version stay out of versions while nobody sets them."""
+    return not value
 
 
 class TeacherSpec(Spec):
     """One teacher: which model, how it is run, and which prompts it answers."""
 
-    model: str = Field(min_length=1, description="Hub id, local folder, GGUF file, or pypi:PACKAGE==VERSION")
-    revision: str | None = Field(None, description="commit of a Hub model; pins it")
-    engine: Literal["transformers"] = "transformers"
+    model: str = Field(
+        min_length=1, description="Hub id, local folder, GGUF file, or pypi:PACKAGE==VERSION; with openai the server's name"
+    )
+    revision: str | None = Field(
+        None, description="commit of a Hub model; pins it. With openai a label of yours: change it when the server's model did"
+    )
+    engine: Literal["transformers", "openai"] = "transformers"
     license: str | None = Field(None, description="licence key of the model, for instance apache-2.0")
     accept: str | None = Field(None, min_length=8, description="why a licence that is refused by default is accepted")
     domains: tuple[str, ...] = Field(("*",), min_length=1, description="domains it answers; * is all")
@@ -33,3 +92,39 @@ class TeacherSpec(Spec):
     sampling: SamplingSpec = SamplingSpec()
     batch_tokens: int = Field(16_384, ge=256, description="most tokens of a generation batch, prompts and answers")
     trust_remote_code: bool = Field(False, description="run code that comes with the model; recorded in the manifest")
+    server: ServerSpec | None = Field(None, exclude_if=_is_unset, description="with engine openai: where it is")
+    extra_body: dict[str, Any] = Field(
+        {}, exclude_if=_is_unset, description="with engine openai: more fields of each request; null takes one out"
+    )
+    logprobs: bool = Field(False, exclude_if=_is_unset, description="with engine openai: ask for log-probabilities")
+    tokenizer: str | None = Field(
+        None, min_length=1, exclude_if=_is_unset,
+        description="with engine openai: a model whose tokenizer counts what the server does not report",
+    )  # fmt: skip
+    weights: str | None = Field(
+        None, min_length=1, exclude_if=_is_unset,
+        description="with engine openai: the served model as a Hub id or folder, for students and reports, which need it here",
+    )  # fmt: skip
+    budget: BudgetSpec | None = Field(None, exclude_if=_is_unset)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _unset_top_k_is_not_sent(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping) or data.get("engine") != "openai":
+            return data
+        sampling = data.get("sampling", {})
+        if isinstance(sampling, SamplingSpec):
+            sampling = sampling.model_dump(exclude_unset=True)
+        return {**data, "sampling": {"top_k": None, **sampling} if isinstance(sampling, Mapping) else sampling}
+
+    @model_validator(mode="after")
+    def _fields_fit_the_engine(self) -> "TeacherSpec":
+        if self.engine == "openai" and self.server is None:
+            raise ValueError("engine openai needs server: {base_url: ...}")
+        if self.engine == "transformers":
+            given = [name for name in ("server", "extra_body", "logprobs", "tokenizer", "weights") if getattr(self, name)]
+            if given:
+                raise ValueError(f"{', '.join(given)} is for engine openai; this teacher's engine is transformers")
+            if self.sampling.top_k is None:
+                raise ValueError("engine transformers needs sampling.top_k")
+        return self

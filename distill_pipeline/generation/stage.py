@@ -1,9 +1,8 @@
 """The stage ``teacher_outputs``: n completions of every training prompt, asking the teacher only for those it never gave.
 
-The pool is read once and spooled to disk, then worked on in windows of prompts, so memory does not grow with it. Within a
-window what is missing is sorted by prompt length and packed into batches that depend on the requests alone, and answers are
-stored in the order of the batches: a run that was killed goes on with the very batches it would have had next, and ends
-with the same rows.
+The pool is read once and spooled to disk, then worked on in windows of prompts, so memory does not grow with it. What is
+missing goes to an engine, which may be a model here or a server anywhere; answers are stored as they come, in any order, and
+a run that was killed asks for the rest and ends with the same rows.
 """
 
 import json
@@ -15,15 +14,13 @@ import pyarrow as pa
 
 from distill_pipeline.errors import EmptyResultError
 from distill_pipeline.generation.answering import AnsweringRun
-from distill_pipeline.generation.engine import TransformersEngine
-from distill_pipeline.generation.requests import family_of, family_settings, request_key
+from distill_pipeline.generation.budget import Spending
+from distill_pipeline.generation.opening import TeacherModel, open_engine
+from distill_pipeline.generation.requests import family_of, request_key
 from distill_pipeline.generation.spec import TeacherSpec
 from distill_pipeline.generation.spool import spooled, windows
 from distill_pipeline.generation.store import GenerationStore
-from distill_pipeline.models.load import load_model, load_tokenizer, resolve_device, resolve_dtype
-from distill_pipeline.models.resolve import ModelFolder
 from distill_pipeline.outcome import Outcome, Progress
-from distill_pipeline.rendering import ChatRenderer
 from distill_pipeline.storage.files import write_whole
 
 
@@ -33,7 +30,7 @@ def generate_outputs(
     *,
     teacher_name: str,
     teacher: TeacherSpec,
-    model: ModelFolder,
+    model: TeacherModel,
     generations_dir: Path,
     device: str,
     seed: int,
@@ -45,17 +42,20 @@ def generate_outputs(
 
     Args:
         prompt_batches: the prompt pool; only training prompts of the teacher's domains are answered.
+        model: the folder of a model that runs here, or a model that a server has.
         generations_dir: where the answers of all runs are kept; the next run takes from there.
         device: a torch device or ``auto``.
         flush_rows, flush_seconds: how much a crash can lose; batches in flight come on top.
     Returns:
         counts with ``expected == stopped + truncated + failed``, of which ``reused`` cost nothing; facts say the family, what
-        differs from this teacher's last run, tokens and speed.
+        differs from this teacher's last run, tokens, speed and cost.
     Raises:
+        BudgetError: the teacher's budget does not hold what is missing; what it did hold is stored.
         EmptyResultError: the teacher answers no prompt of the pool.
-        GenerationError: every single request failed; the message gives the first reason.
+        GenerationError: every single request failed, or a server is dead; the message gives the reason.
     """
-    device, dtype, renderer, settings = _conditions(teacher, model, device, seed)
+    engine = open_engine(teacher_name, teacher, model, device=device, seed=seed, progress=progress)
+    settings = engine.settings
     family = family_of(settings)
     store = GenerationStore(
         generations_dir, family, settings, max_tokens=teacher.sampling.max_tokens, flush_rows=flush_rows,
@@ -67,51 +67,35 @@ def generate_outputs(
                 f"teacher {teacher_name} answers the domains {', '.join(teacher.domains)}, and no training prompt is in them; "
                 f"the pool's training prompts are in: {', '.join(sorted(domains)) or 'none'}."
             )
-        run = AnsweringRun(teacher_name, teacher.sampling, family, store, renderer, num_prompts * teacher.sampling.n, progress)
-        run.missing = sum(len(run.missing_of(window)) for window in windows(spool))
+        run = AnsweringRun(
+            teacher_name, teacher.sampling.n, family, store, engine, Spending(teacher.budget, before=store.paid),
+            num_prompts * teacher.sampling.n, progress,
+        )  # fmt: skip
+        run.missing = sum(len(asked.keys) for window in windows(spool) for asked in run.missing_of(window))
         changed = _changed_settings(generations_dir, teacher_name, settings)
         _announce(run, changed)
-        if run.missing:
-            loaded = load_model(model.path, device=device, dtype=dtype, trust_remote_code=teacher.trust_remote_code)
-            run.engine = TransformersEngine(loaded, renderer, batch_tokens=teacher.batch_tokens)
-        for number, window in enumerate(windows(spool)):
-            run.answer_window(window, out_dir / f"part-{number:05d}.parquet")
+        run.answer(windows(spool), out_dir)
     counts = run.final_counts(num_prompts)
     write_whole(_last_settings_file(generations_dir, teacher_name), json.dumps(settings))
-    where = {"device": device, "dtype": dtype}
-    return Outcome(counts, run.facts() | where | {"family": family, "settings": settings, "settings_changed": changed})
+    return Outcome(counts, run.facts() | {"family": family, "settings": settings, "settings_changed": changed})
 
 
 def missing_requests(
     prompts: Iterable[Mapping[str, Any]],
     *,
     teacher: TeacherSpec,
-    model: ModelFolder,
+    model: TeacherModel,
     generations_dir: Path,
     device: str,
     seed: int,
 ) -> int:
     """How many requests :func:`generate_outputs` would send for these prompts (``prompt_id`` of each); writes nothing."""
-    settings = _conditions(teacher, model, device, seed)[-1]
+    settings = open_engine("", teacher, model, device=device, seed=seed).settings
     family = family_of(settings)
     store = GenerationStore(generations_dir, family, settings, max_tokens=teacher.sampling.max_tokens)
     numbers = range(teacher.sampling.n)
     keys = [request_key(family, prompt["prompt_id"], index) for prompt in prompts for index in numbers]
     return len(keys) - int(store.has(keys).sum())
-
-
-def _conditions(
-    teacher: TeacherSpec, model: ModelFolder, device: str, seed: int
-) -> tuple[str, str, ChatRenderer, dict[str, Any]]:
-    """Device, dtype and renderer of a teacher, and the settings that name its family of answers."""
-    device = resolve_device(device)
-    dtype = resolve_dtype(model.path, device)
-    renderer = ChatRenderer(load_tokenizer(model.path, trust_remote_code=teacher.trust_remote_code), system=teacher.system)
-    settings = family_settings(
-        identity=model.identity, revision=model.revision, dtype=dtype, system=teacher.system, rendering=renderer.fingerprint,
-        sampling=teacher.sampling, seed=seed,
-    )  # fmt: skip
-    return device, dtype, renderer, settings
 
 
 def _last_settings_file(generations_dir: Path, teacher_name: str) -> Path:

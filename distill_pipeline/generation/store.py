@@ -2,7 +2,8 @@
 
 Layout: ``<root>/<family>/part-<time>-<random>.parquet`` and ``<root>/<family>/family.json`` with the readable settings. Parts
 are never changed and appear whole, so several runs may write at once and a crash loses only what was not flushed. Of two
-answers to one request the first stays. Failed requests are not kept: the next run asks again.
+answers to one request the first stays. Failed requests are not kept: the next run asks again. A part's metadata holds what
+was paid since the part before it, failed requests included, so ``paid`` is the cost of a family over all runs.
 
 Decided: an answer that ended by itself serves every ``max_tokens`` that holds it; one that was cut serves only the
 ``max_tokens`` that cut it, unless the model's context did. Gave up: a database; the index of keys is 20 bytes a row in memory.
@@ -10,13 +11,15 @@ Decided: an answer that ended by itself serves every ``max_tokens`` that holds i
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from distill_pipeline.generation.engine import Completion
+from distill_pipeline.generation.budget import Usage
+from distill_pipeline.generation.protocol import Completion
 from distill_pipeline.storage.parts import KeyIndex, PartWriter, part_files, read_part, remove_abandoned
 
 STORED_SCHEMA = pa.schema(
@@ -32,6 +35,7 @@ STORED_SCHEMA = pa.schema(
 )
 
 _WHAT = "generation store"
+_PAID = "paid"
 
 
 class GenerationStore:
@@ -62,6 +66,7 @@ class GenerationStore:
         remove_abandoned(self.folder)
         self._parts = part_files(self.folder)
         self._index = KeyIndex()
+        self.paid, self._unsaved = Usage(), Usage()
         self._take(enumerate(self._parts))
 
     def has(self, keys: Sequence[str]) -> np.ndarray[Any, np.dtype[np.bool_]]:
@@ -88,6 +93,12 @@ class GenerationStore:
             if done.finish_reason != "error"
         )  # fmt: skip
 
+    def pay(self, usage: Usage) -> None:
+        """Take what answers cost for the next flush; :attr:`paid` is what the parts on disk say."""
+        if usage != Usage():
+            self._unsaved += usage
+            self._writer.note(_PAID, json.dumps(asdict(self._unsaved)))
+
     def flush_if_due(self) -> None:
         """Call between batches: writes when enough rows wait or enough time has gone by."""
         self._index_part(self._writer.flush_if_due())
@@ -98,6 +109,7 @@ class GenerationStore:
 
     def _index_part(self, part: Path | None) -> None:
         if part is not None:
+            self._unsaved = Usage()
             self._parts.append(part)
             self._take([(len(self._parts) - 1, part)])
 
@@ -106,6 +118,7 @@ class GenerationStore:
         found = []
         for number, part in parts:
             table = read_part(part, ["request_key", "finish_reason", "completion_tokens", "max_tokens"], what=_WHAT)
+            self.paid += Usage(**json.loads((table.schema.metadata or {}).get(_PAID.encode(), b"{}")))
             usable = self._usable(table).nonzero()[0]
             found.append((number, table["request_key"].take(pa.array(usable)).to_pylist(), usable))
         self._index.add(found)

@@ -13,6 +13,7 @@ import torch
 
 from distill_pipeline.errors import ConfigError
 from distill_pipeline.models.load import load_classifier, load_tokenizer, resolve_device, resolve_dtype
+from distill_pipeline.models.resolve import ModelFolder
 from distill_pipeline.rendering import ChatRenderer
 from distill_pipeline.scoring.registry import Scorer, ScoreValue
 from distill_pipeline.scoring.rows import AnswerRow, OpenedScorer, ScoringContext, model_of
@@ -32,7 +33,10 @@ class RewardModel(OpenedScorer):
     """
 
     def __init__(self, scorer: Scorer, context: ScoringContext) -> None:
-        self._folder = model_of(scorer, context)
+        model = model_of(scorer, context)
+        if not isinstance(model, ModelFolder):
+            raise ConfigError(f"scorers: reward_model needs a model's weights, and {model.reference} is served. Give a folder.")
+        self._folder = model
         self._device = resolve_device(context.device)
         self._dtype = resolve_dtype(self._folder.path, self._device)
         super().__init__(scorer, context, model=self._folder.identity, dtype=self._dtype)

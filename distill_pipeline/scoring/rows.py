@@ -16,7 +16,7 @@ from distill_pipeline.scoring.kept import KeptScores
 from distill_pipeline.scoring.registry import Scorer, ScoreValue
 
 if TYPE_CHECKING:
-    from distill_pipeline.models.resolve import ModelFolder
+    from distill_pipeline.generation.opening import TeacherModel
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,13 @@ class ScoringContext:
     """What scorers need of their surroundings.
 
     Args:
-        models: folders of the models that scorers ask, by (model, revision) as written in their options.
+        models: the models that scorers ask, in folders or at servers, by (model, revision) as written in their options.
         device: a torch device or ``auto``, for models.
         scores_dir: where scores are kept for the next run; None keeps none.
         generations_dir: where answers of models are kept.
     """
 
-    models: Mapping[tuple[str, str | None], "ModelFolder"] = field(default_factory=dict)
+    models: Mapping[tuple[str, str | None], "TeacherModel"] = field(default_factory=dict)
     device: str = "auto"
     scores_dir: Path | None = None
     generations_dir: Path | None = None
@@ -131,7 +131,7 @@ class BenchScorer(OpenedScorer):
 OpenScorer = Callable[[Scorer, ScoringContext], OpenedScorer]
 
 
-def model_of(scorer: Scorer, context: ScoringContext) -> "ModelFolder":
+def model_of(scorer: Scorer, context: ScoringContext) -> "TeacherModel":
     """The model that a scorer's options name. Raises ConfigError where nobody resolved it."""
     place = (scorer.options["model"], scorer.options.get("revision"))
     if place not in context.models:

@@ -76,11 +76,16 @@ class PartWriter:
         self._folder, self._schema, self._about = folder, schema, about
         self._flush_rows, self._flush_seconds = flush_rows, flush_seconds
         self._waiting: list[Mapping[str, Any]] = []
+        self._notes: dict[str, str] = {}
         self._flushed_at = time.monotonic()
 
     def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Take rows for the next part."""
         self._waiting.extend(rows)
+
+    def note(self, name: str, text: str) -> None:
+        """Put a text into the metadata of the next part, which is then written also without rows."""
+        self._notes[name] = text
 
     def flush_if_due(self) -> Path | None:
         """Call between batches: the part that was written, if it was time."""
@@ -90,13 +95,15 @@ class PartWriter:
     def flush(self) -> Path | None:
         """Write what waits as one part; once this returns a crash cannot lose it. None where nothing waits."""
         self._flushed_at = time.monotonic()
-        if not self._waiting:
+        if not self._waiting and not self._notes:
             return None
         name, text = self._about
         if not (self._folder / name).exists():
             write_whole(self._folder / name, text)
-        part = _write_part(self._folder, pa.Table.from_pylist(self._waiting, schema=self._schema))
+        schema = self._schema.with_metadata(self._notes) if self._notes else self._schema
+        part = _write_part(self._folder, pa.Table.from_pylist(self._waiting, schema=schema))
         self._waiting.clear()
+        self._notes.clear()
         return part
 
 

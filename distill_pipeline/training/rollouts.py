@@ -15,7 +15,8 @@ from typing import Any
 
 from distill_pipeline.errors import ConfigError, TrainingError
 from distill_pipeline.generation.decoders import Decoder, PlainDecoder, decoder_for
-from distill_pipeline.generation.engine import Completion, Request, TransformersEngine
+from distill_pipeline.generation.engine import Request, TransformersEngine
+from distill_pipeline.generation.protocol import Completion
 from distill_pipeline.generation.sampling import Sampling
 from distill_pipeline.generation.shared_prefix import SharedPrefixDecoder
 from distill_pipeline.hashing import unit_interval

@@ -11,7 +11,8 @@ import torch
 from distill_pipeline.errors import ConfigError
 from distill_pipeline.evaluation import language_model
 from distill_pipeline.evaluation.language_model import EvaluatedModel
-from distill_pipeline.generation.engine import Completion, Request, TransformersEngine
+from distill_pipeline.generation.engine import Request, TransformersEngine
+from distill_pipeline.generation.protocol import Completion
 from distill_pipeline.rendering import ChatRenderer
 
 Evaluate = Callable[..., dict[str, Any]]

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from distill_pipeline.generation.decoders import PlainDecoder, decoder_for
-from distill_pipeline.generation.engine import MAX_ROWS, Completion, Request, TransformersEngine
+from distill_pipeline.generation.engine import MAX_ROWS, Request, TransformersEngine
+from distill_pipeline.generation.protocol import Completion
 from distill_pipeline.generation.shared_prefix import SharedPrefixDecoder
 from distill_pipeline.models.load import load_model, load_tokenizer
 from distill_pipeline.rendering import ChatRenderer

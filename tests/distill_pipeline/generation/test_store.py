@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from distill_pipeline.errors import IntegrityError
-from distill_pipeline.generation.engine import Completion
+from distill_pipeline.generation.protocol import Completion
 from distill_pipeline.generation.requests import family_of, family_settings, request_key
 from distill_pipeline.generation.spec import SamplingSpec
 from distill_pipeline.generation.store import GenerationStore
@@ -29,8 +29,8 @@ def completion(key: str, *, tokens: int = 5, reason: FinishReason = "stop", text
 
 def settings_with(**changes: Any) -> str:
     known: dict[str, Any] = {
-        "identity": "m", "revision": None, "dtype": "float32", "system": None, "rendering": "r", "seed": 0,
-        "sampling": SamplingSpec(),
+        "identity": "m", "revision": None, "engine": "transformers/1", "dtype": "float32", "system": None, "rendering": "r",
+        "seed": 0, "sampling": SamplingSpec(),
     }  # fmt: skip
     return family_of(family_settings(**(known | changes)))
 

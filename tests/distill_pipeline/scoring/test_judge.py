@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from distill_pipeline.generation.asking import GreedyAnswers
-from distill_pipeline.generation.engine import Completion, Request
+from distill_pipeline.generation.engine import Request
+from distill_pipeline.generation.local import LocalEngine
+from distill_pipeline.generation.protocol import Completion
 from distill_pipeline.models.resolve import resolve_model
 from distill_pipeline.scoring.opening import open_scorer
 from distill_pipeline.scoring.registry import ScoreValue
@@ -65,7 +66,7 @@ class Bench:
             engines.append(ScriptedEngine(asking._renderer, script))
             return engines[0]
 
-        self._monkeypatch.setattr(GreedyAnswers, "_loaded", loaded)
+        self._monkeypatch.setattr(LocalEngine, "_loaded", loaded)
         with open_scorer(ScorerSpec(kind="judge", options={"model": self.model_dir, **options}), self.context) as scorer:
             values = scorer.score(rows)
         self.asked = [prompt for engine in engines for prompt in engine.asked]
@@ -193,6 +194,6 @@ def test_a_real_model_judges_and_is_not_loaded_for_what_it_said_before(
     with open_scorer(spec, context) as scorer:
         first = scorer.score(rows)
     assert all(value.score is None and not value.lost for value in first)
-    monkeypatch.setattr(GreedyAnswers, "_loaded", lambda asking: pytest.fail("loaded"))
+    monkeypatch.setattr(LocalEngine, "_loaded", lambda engine: pytest.fail("loaded"))
     with open_scorer(spec, context) as scorer:
         assert scorer.score(rows) == first

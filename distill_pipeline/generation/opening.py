@@ -1,0 +1,46 @@
+"""From a teacher in the experiment file to its engine. Nothing is loaded and nobody is asked yet."""
+
+from distill_pipeline.generation.protocol import Engine
+from distill_pipeline.generation.served import ServedModel
+from distill_pipeline.generation.spec import SamplingSpec, TeacherSpec
+from distill_pipeline.models.resolve import ModelFolder
+from distill_pipeline.outcome import Progress, silent
+
+TeacherModel = ModelFolder | ServedModel
+"""Where a teacher is: a folder on this machine, or a server."""
+
+
+def open_engine(
+    name: str, teacher: TeacherSpec, model: TeacherModel, *, device: str, seed: int, progress: Progress = silent
+) -> Engine:
+    """The engine of a teacher.
+
+    Args:
+        name: what messages call it.
+        device: a torch device or ``auto``; a served model has none.
+    """
+    if isinstance(model, ServedModel):
+        from distill_pipeline.generation.server.engine import ServerEngine
+
+        return ServerEngine(
+            model, name=name, sampling=teacher.sampling, seed=seed, system=teacher.system, extra_body=teacher.extra_body,
+            logprobs=teacher.logprobs, progress=progress,
+        )  # fmt: skip
+    from distill_pipeline.generation.local import LocalEngine
+
+    return LocalEngine(
+        model, sampling=teacher.sampling, seed=seed, device=device, system=teacher.system, batch_tokens=teacher.batch_tokens,
+        trust_remote_code=teacher.trust_remote_code,
+    )  # fmt: skip
+
+
+def greedy_engine(model: TeacherModel, *, max_tokens: int, device: str) -> Engine:
+    """The engine of a model that gives one greedy answer a prompt, under its own default system prompt."""
+    sampling = SamplingSpec(n=1, temperature=0.0, max_tokens=max_tokens)
+    if isinstance(model, ServedModel):
+        from distill_pipeline.generation.server.engine import ServerEngine
+
+        return ServerEngine(model, name=model.reference, sampling=sampling.model_copy(update={"top_k": None}), seed=0)
+    from distill_pipeline.generation.local import LocalEngine
+
+    return LocalEngine(model, sampling=sampling, seed=0, device=device)

@@ -1,0 +1,70 @@
+"""What the stage knows of an engine: prompts go in by windows, completions come out in any order, what they cost is told.
+
+An engine is opened for one teacher (:mod:`distill_pipeline.generation.opening`) and starts nothing before its first prompt:
+a run in which everything is stored loads no model and asks no server.
+"""
+
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from distill_pipeline.generation.budget import Spending
+from distill_pipeline.records import FinishReason
+
+Message = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt and the keys of the completions that are wanted of it."""
+
+    messages: Sequence[Message]
+    keys: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What became of a request.
+
+    ``finish_reason`` is ``stop`` (an end token was drawn), ``length`` (cut at max_tokens or at the end of the model's
+    context) or ``error``; then ``error`` begins with its class and a colon, for instance ``prompt_too_long: ...``.
+    ``completion_tokens`` and ``logprob`` (nats, see :func:`sample_tokens`) count the end token; ``text`` and ``token_ids``
+    are without it, and ``end_token_id`` is which one it was. A server gives no ids, and its
+    log-probabilities are as it defines them.
+    """
+
+    key: str
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    prompt_tokens: int
+    completion_tokens: int
+    logprob: float | None
+    error: str | None = None
+    end_token_id: int | None = None
+
+
+class Engine(Protocol):
+    """One teacher's way of answering."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What its answers depend on beside the prompt, by name: the settings of their family."""
+
+    def answer(self, windows: Iterable[Sequence[Asked]], spending: Spending) -> Generator[list[Completion], None, None]:
+        """One completion a key, in any order, a list at a time; an empty list is a sign of life.
+
+        Windows are taken when there is room for their prompts. Each request is paid with ``spending`` before it is answered.
+
+        Raises:
+            BudgetError: the next request does not fit the budget; what was in flight was yielded.
+            GenerationError: the teacher as a whole does not answer.
+        """
+
+    def facts(self) -> dict[str, Any]:
+        """What the manifest says of how the answers were made."""
+
+
+def failed_completion(key: str, error: str, *, prompt_tokens: int = 0) -> Completion:
+    """A request without an answer; ``error`` begins with its class and a colon."""
+    return Completion(key, "", (), "error", prompt_tokens, 0, None, error)
