@@ -26,7 +26,7 @@ from distill_pipeline.outcome import Progress
 from distill_pipeline.records import COMPLETION_SCHEMA
 
 PROGRESS_SECONDS = 5.0
-ROWS_AT_ONCE = 16_384
+ROWS_AT_ONCE = 4096
 """Rows of a window that are in memory while they are written."""
 
 Prompt = dict[str, Any]
