@@ -114,6 +114,26 @@ def test_kept_optimizer_goes_on_as_if_no_stage_had_ended(train: Any, make_studen
     assert abs(anew[-1] - whole[-1]) > 1e-3
 
 
+@pytest.mark.parametrize("stages", [(SFT, SFT | {"keep_optimizer": True}), (SFT, MIXED), (SFT, OWN)])
+def test_a_run_cut_between_two_stages_goes_on_with_the_optimizer_that_the_second_asks_for(
+    train: Any, make_student: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stages: Any
+) -> None:
+    student, original = make_student(*stages), loop.TrainingRun._train_step
+    train(student, "whole")
+
+    def cut(run: Any, index: int, *args: Any) -> None:
+        if index == 1:
+            raise KeyboardInterrupt
+        original(run, index, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.TrainingRun, "_train_step", cut)
+        with pytest.raises(KeyboardInterrupt):
+            train(student, "cut")
+    assert train(student, "cut").facts["resumed_from_step"] == 3
+    assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
+
+
 def test_on_policy_without_a_teacher_is_an_error(train: Any, make_student: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     original = stage._pair
     monkeypatch.setattr(stage, "_pair", lambda model, teacher, *rest: original(model, None, *rest))
