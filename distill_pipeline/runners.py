@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from distill_pipeline.generation.spec import TeacherSpec
 from distill_pipeline.hashing import version_of
 from distill_pipeline.licenses import check_license
 from distill_pipeline.nodes import Stage
@@ -44,15 +45,20 @@ def _filter_externals(work: Work) -> dict[str, str]:
     return found
 
 
-def _teacher_externals(work: Work) -> dict[str, str]:
+def _licensed_teacher(work: Work) -> TeacherSpec:
+    """The node's teacher. Raises what :func:`check_license` raises."""
     teacher = work.experiment.teachers[work.teacher_name]
     check_license(work.teacher_name, teacher.license, teacher.accept)
+    return teacher
+
+
+def _teacher_externals(work: Work) -> dict[str, str]:
+    teacher = _licensed_teacher(work)
     return {f"model:{teacher.weights or teacher.model}": work.teacher_model().identity}
 
 
 def _outputs_externals(work: Work) -> dict[str, str]:
-    teacher = work.experiment.teachers[work.teacher_name]
-    check_license(work.teacher_name, teacher.license, teacher.accept)
+    teacher = _licensed_teacher(work)
     return {f"model:{teacher.model}": work.answering_model(work.teacher_name).identity}
 
 

@@ -6,12 +6,13 @@ positions only: over a vocabulary of 49,152 a batch of whole sequences would cos
 Axes: B rows, T positions that predict a completion token, V vocabulary.
 """
 
-import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from distill_pipeline.models.forward import column_logits
 
 IGNORED = -100
 """Label of positions that are no completion token."""
@@ -59,10 +60,7 @@ def completion_logits(model: Any, rows: Sequence[Row], *, device: str) -> tuple[
         seen[index, : len(tokens) - 1] = 1
         labels[index, len(prompt) - 1 : len(tokens) - 1] = tokens[len(prompt) :]
     inputs = {"input_ids": ids.to(device), "attention_mask": seen.to(device), "use_cache": False}
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        logits = model(**inputs, logits_to_keep=torch.arange(first, width, device=device)).logits
-    else:
-        logits = model(**inputs).logits[:, first:]
+    logits = column_logits(model, inputs, torch.arange(first, width, device=device))
     return logits, labels[:, first:].to(device)
 
 

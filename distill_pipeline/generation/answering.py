@@ -6,7 +6,7 @@ never left idle while the slowest completions of one window are waited for.
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,15 +84,12 @@ class AnsweringRun:
         Raises what the engine raises; whatever came until then is in the store.
         """
         asked_at = time.monotonic()
-        try:
-            with closing(self.engine.answer(self._asked(windows, out_dir), self.spending)) as lists:
-                for completions in lists:
-                    self.engine_seconds += time.monotonic() - asked_at
-                    self._take(completions)
-                    asked_at = time.monotonic()
-        finally:
-            self.store.pay(self.spending.take_unsaved())
-            self.store.flush()
+        asked = self._asked(windows, out_dir)
+        with closing(stored_answers(self.engine, asked, self.spending, self.store)) as lists:
+            for completions in lists:
+                self.engine_seconds += time.monotonic() - asked_at
+                self._take(completions)
+                asked_at = time.monotonic()
 
     def _asked(self, windows: Iterable[Sequence[Prompt]], out_dir: Path) -> Iterator[list[Asked]]:
         """What is missing, window by window; windows without any are written at once."""
@@ -107,10 +104,7 @@ class AnsweringRun:
                 self._write(window)
 
     def _take(self, completions: Sequence[Completion]) -> None:
-        """Store completions, and write the windows that have all of theirs."""
-        self.store.add(completions)
-        self.store.pay(self.spending.take_unsaved())
-        self.store.flush_if_due()
+        """Count completions, and write the windows that have all of theirs."""
         for done in completions:
             window = self._open.pop(done.key)
             window.outstanding -= 1
@@ -198,6 +192,25 @@ class AnsweringRun:
             "seconds": round(self.engine_seconds, 3), "errors": dict(self.errors), "cost": self.spending.facts(),
             **self.engine.facts(),
         }  # fmt: skip
+
+
+def stored_answers(
+    engine: Engine, windows: Iterable[Sequence[Asked]], spending: Spending, store: GenerationStore
+) -> Generator[list[Completion], None, None]:
+    """What an engine answers, each list in the store's hands before it is given out; at the end, or if it breaks, on disk.
+
+    Raises what the engine raises.
+    """
+    try:
+        with closing(engine.answer(windows, spending)) as lists:
+            for completions in lists:
+                store.add(completions)
+                store.pay(spending.take_unsaved())
+                store.flush_if_due()
+                yield completions
+    finally:
+        store.pay(spending.take_unsaved())
+        store.flush()
 
 
 def stored_form(done: Completion) -> dict[str, Any]:

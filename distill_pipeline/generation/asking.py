@@ -5,7 +5,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from distill_pipeline.generation.answering import stored_form
+from distill_pipeline.generation.answering import stored_answers, stored_form
 from distill_pipeline.generation.budget import Spending
 from distill_pipeline.generation.opening import TeacherModel, greedy_engine
 from distill_pipeline.generation.protocol import Asked
@@ -41,15 +41,7 @@ class GreedyAnswers:
     def _ask(self, missing: Sequence[Asked]) -> dict[str, Answer]:
         """Have answers made and stored as they come; what failed, by key."""
         failed: dict[str, Answer] = {}
-        spending = Spending()
-        try:
-            with closing(self._engine.answer([missing], spending)) as lists:
-                for completions in lists:
-                    self._store.add(completions)
-                    self._store.pay(spending.take_unsaved())
-                    self._store.flush_if_due()
-                    failed |= {done.key: stored_form(done) for done in completions if done.finish_reason == "error"}
-        finally:
-            self._store.pay(spending.take_unsaved())
-            self._store.flush()
+        with closing(stored_answers(self._engine, [missing], Spending(), self._store)) as lists:
+            for completions in lists:
+                failed |= {done.key: stored_form(done) for done in completions if done.finish_reason == "error"}
         return failed

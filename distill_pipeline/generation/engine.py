@@ -61,7 +61,13 @@ class TransformersEngine:
         return isinstance(self.decoder, SharedPrefixDecoder)
 
     def generate(
-        self, requests: Sequence[Request], *, max_tokens: int, temperature: float = 0.0, top_k: int = 50, top_p: float = 1.0
+        self,
+        requests: Sequence[Request],
+        *,
+        max_tokens: int,
+        temperature: float = 0.0,
+        top_k: int | None = 50,
+        top_p: float = 1.0,
     ) -> Iterator[Completion]:
         """Yield one completion a request, in batches sorted by prompt length: match them by ``key``.
 

@@ -2,7 +2,7 @@
 
 from distill_pipeline.generation.protocol import Engine
 from distill_pipeline.generation.served import ServedModel
-from distill_pipeline.generation.spec import SamplingSpec, TeacherSpec
+from distill_pipeline.generation.spec import TeacherSpec
 from distill_pipeline.models.resolve import ModelFolder
 from distill_pipeline.outcome import Progress, silent
 
@@ -36,11 +36,7 @@ def open_engine(
 
 def greedy_engine(model: TeacherModel, *, max_tokens: int, device: str) -> Engine:
     """The engine of a model that gives one greedy answer a prompt, under its own default system prompt."""
-    sampling = SamplingSpec(n=1, temperature=0.0, max_tokens=max_tokens)
-    if isinstance(model, ServedModel):
-        from distill_pipeline.generation.server.engine import ServerEngine
-
-        return ServerEngine(model, name=model.reference, sampling=sampling.model_copy(update={"top_k": None}), seed=0)
-    from distill_pipeline.generation.local import LocalEngine
-
-    return LocalEngine(model, sampling=sampling, seed=0, device=device)
+    sampling = {"n": 1, "temperature": 0.0, "max_tokens": max_tokens}
+    where = {"engine": "openai", "server": model.server} if isinstance(model, ServedModel) else {}
+    teacher = TeacherSpec.model_validate({"model": model.reference, "sampling": sampling, **where})
+    return open_engine(model.reference, teacher, model, device=device, seed=0)

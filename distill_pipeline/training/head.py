@@ -26,6 +26,7 @@ from distill_pipeline.losses import (
     log_probs,
     policy_gradient_with_gradient,
 )
+from distill_pipeline.models.forward import evaluating
 
 POLICY_GRADIENT = "policy_gradient"
 """In the place of a divergence: reverse_kl estimated from the targets, which the student drew itself."""
@@ -231,12 +232,9 @@ def plain_head(model: Any) -> Tensor:
         raise TrainingError(f"the head of {name} is not a plain matrix ({cause}). Choose a model without it.")
     weight_VH: Tensor = head.weight
     probe = torch.arange(2, min(10, weight_VH.shape[0]), device=weight_VH.device)[None]
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
+    with evaluating(model), torch.no_grad():
         logits_BTV = model(input_ids=probe, use_cache=False).logits.float()
         ours_BTV = (model.base_model(input_ids=probe, use_cache=False).last_hidden_state @ weight_VH.T).float()
-    model.train(was_training)
     if logits_BTV.shape != ours_BTV.shape or not torch.allclose(
         logits_BTV, ours_BTV, rtol=PROBE_TOLERANCE, atol=PROBE_TOLERANCE * float(logits_BTV.abs().max())
     ):

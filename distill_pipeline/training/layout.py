@@ -6,12 +6,12 @@ both layouts: if the hidden states differ, each completion gets a sequence of it
 """
 
 import contextlib
-import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from distill_pipeline.models.forward import column_logits, evaluating
 from distill_pipeline.training.batches import Example, Layout, MicroBatch, micro_batches
 
 MASKING_ATTENTION = {"sdpa", "eager"}
@@ -36,12 +36,8 @@ def hidden_states(model: Any, batch: MicroBatch) -> Tensor:
 def place_logits(model: Any, batch: MicroBatch) -> Tensor:
     """The (P, V) logits at the same places, in the model's dtype: its own head's, whatever that does."""
     width = batch.token_ids_ST.shape[1]
-    row_P, column_P = batch.places_P // width, batch.places_P % width
-    inputs = _inputs(model, batch)
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        inputs["logits_to_keep"], column_P = torch.unique(column_P, return_inverse=True)
-    logits: Tensor = model(**inputs).logits
-    return logits[row_P, column_P]
+    columns_C, column_P = torch.unique(batch.places_P % width, return_inverse=True)
+    return column_logits(model, _inputs(model, batch), columns_C)[batch.places_P // width, column_P]
 
 
 def _inputs(model: Any, batch: MicroBatch) -> dict[str, Any]:
@@ -85,15 +81,11 @@ def _reads_trees(model: Any) -> bool:
     """Whether a small example has the same hidden states in both layouts."""
     ids = [3 + i % 7 for i in range(9)]
     example = Example("probe", tuple(ids[:4]), (tuple(ids[3:7]), tuple(ids[2:8]), (*ids[3:5], ids[0], ids[1])))
-    was_training = model.training
-    model.eval()
     try:
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             shared, plain = (_by_completion(model, example, layout) for layout in ("shared", "plain"))
     except (TypeError, ValueError, RuntimeError, IndexError):
         return False
-    finally:
-        model.train(was_training)
     scale = max(float(value.abs().max()) for value in plain.values())
     return all(torch.allclose(shared[key], plain[key], atol=PROBE_TOLERANCE * scale, rtol=0.0) for key in plain)
 

@@ -9,7 +9,6 @@ A rollout ends with the end token that was drawn. One that was cut at its limit 
 
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,9 +16,9 @@ from distill_pipeline.errors import ConfigError, TrainingError
 from distill_pipeline.generation.decoders import Decoder, PlainDecoder, decoder_for
 from distill_pipeline.generation.engine import Request, TransformersEngine
 from distill_pipeline.generation.protocol import Completion
-from distill_pipeline.generation.sampling import Sampling
 from distill_pipeline.generation.shared_prefix import SharedPrefixDecoder
 from distill_pipeline.hashing import unit_interval
+from distill_pipeline.models.forward import evaluating
 from distill_pipeline.rendering import ChatRenderer
 from distill_pipeline.training.batches import Example
 from distill_pipeline.training.layout import forward_precision
@@ -58,7 +57,7 @@ class StudentSampler:
         """
         self._student, self._renderer, self._seed, self._limit = student, renderer, seed, limit
         self._use_bfloat16 = use_bfloat16
-        with _evaluating(student):
+        with evaluating(student):
             self.shares_prefixes = isinstance(decoder_for(student), SharedPrefixDecoder)
         self.num_tokens = 0
         self.seconds = 0.0
@@ -99,13 +98,12 @@ class StudentSampler:
         decoder: Decoder = SharedPrefixDecoder(self._student) if self.shares_prefixes else PlainDecoder(self._student)
         engine = TransformersEngine(self._student, self._renderer, batch_tokens=rollouts.batch_tokens, decoder=decoder)
         engine.context_tokens = self._limit
-        sampling = Sampling(rollouts.temperature, rollouts.top_k, rollouts.top_p)
-        with _evaluating(self._student), forward_precision(self._student.device.type, self._use_bfloat16):
-            return {
-                answer.key: answer
-                for batch in engine.plan_batches(requests, max_tokens=rollouts.max_tokens)
-                for answer in engine.run_batch(batch, max_tokens=rollouts.max_tokens, sampling=sampling)
-            }
+        with evaluating(self._student), forward_precision(self._student.device.type, self._use_bfloat16):
+            answers = engine.generate(
+                requests, max_tokens=rollouts.max_tokens, temperature=rollouts.temperature, top_k=rollouts.top_k,
+                top_p=rollouts.top_p,
+            )  # fmt: skip
+            return {answer.key: answer for answer in answers}
 
 
 def answers_itself(stage: TrainStageSpec, *, seed: int, index: int, step: int) -> bool:
@@ -160,16 +158,3 @@ def rollout_facts(sampler: StudentSampler, curve: Sequence[Mapping[str, Any]]) -
 def _drawn_ids(answer: Completion) -> tuple[int, ...]:
     """All tokens that were drawn, in order."""
     return answer.token_ids if answer.end_token_id is None else (*answer.token_ids, answer.end_token_id)
-
-
-class _evaluating(AbstractContextManager[None]):
-    """A model in evaluation mode inside, and as it was afterwards."""
-
-    def __init__(self, model: Any) -> None:
-        self._model, self._was_training = model, model.training
-
-    def __enter__(self) -> None:
-        self._model.eval()
-
-    def __exit__(self, *_: object) -> None:
-        self._model.train(self._was_training)

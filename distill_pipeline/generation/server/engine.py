@@ -8,6 +8,7 @@ Hedging (a second request for a slow one) is left out: it pays twice.
 import asyncio
 from collections.abc import Coroutine, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from typing import Any, TypeVar
 
 from distill_pipeline.generation.budget import Spending
@@ -60,7 +61,7 @@ class ServerEngine:
             return
         http, key = http_client(), key_of(self._name, self._model.server.api_key_env)
         traffic = self._traffic = Traffic(
-            http, key, self._model, self._requests, [first], waiting, spending, name=self._name, progress=self._progress
+            http, key, self._model, self._requests, chain([first], waiting), spending, name=self._name, progress=self._progress
         )
         with _Loop() as loop:
             try:

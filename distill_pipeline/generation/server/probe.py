@@ -15,10 +15,7 @@ def http_client() -> Any:
     try:
         import httpx2
     except ImportError as err:
-        raise MissingExtraError(
-            "engine openai needs the package httpx2, which is not installed. Install it with: pip install "
-            "'distill-pipeline[server]'"
-        ) from err
+        raise MissingExtraError.of("engine openai", "httpx2", "server") from err
     return httpx2
 
 

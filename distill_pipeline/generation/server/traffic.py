@@ -5,8 +5,8 @@ import heapq
 import random
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, count
+from collections.abc import Iterator, Sequence
+from itertools import count
 from typing import Any
 
 from distill_pipeline.errors import GenerationError
@@ -34,12 +34,12 @@ class Traffic:
     """One run's requests. Every method runs in the thread of the event loop."""
 
     def __init__(
-        self, http: Any, key: str | None, model: ServedModel, requests: ServedRequests, first: Iterable[Sequence[Asked]],
+        self, http: Any, key: str | None, model: ServedModel, requests: ServedRequests,
         windows: Iterator[Sequence[Asked]], spending: Spending, *, name: str, progress: Progress,
     ) -> None:  # fmt: skip
         server, now = model.server, time.monotonic()
         self._http, self._key, self._model, self._server = http, key, model, server
-        self._requests, self._windows, self._spending = requests, chain(first, windows), spending
+        self._requests, self._windows, self._spending = requests, windows, spending
         self._name, self._progress = name, progress
         self._chance = random.Random(0)
         self._endpoints = [

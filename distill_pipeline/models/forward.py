@@ -1,0 +1,36 @@
+"""What several rooms do to a causal language model to read it: leave training for a while, ask for few of its logits.
+
+Axes: S sequences, C columns (positions of a sequence), V vocabulary.
+"""
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """A model in evaluation mode inside, and as it was afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def column_logits(model: Any, inputs: Mapping[str, Any], columns_C: Tensor) -> Tensor:
+    """Logits (S, C, V) at some columns, in the model's dtype; its head runs only there, where its forward pass can be told so.
+
+    Args:
+        inputs: keyword arguments of the model's forward pass.
+        columns_C: int64 positions, ascending.
+    """
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        logits_SCV: Tensor = model(**inputs, logits_to_keep=columns_C).logits
+        return logits_SCV
+    whole_STV: Tensor = model(**inputs).logits
+    return whole_STV[:, columns_C]
