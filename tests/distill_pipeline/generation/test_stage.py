@@ -17,10 +17,12 @@ import torch
 
 from distill_pipeline.errors import EmptyResultError, GenerationError
 from distill_pipeline.generation import spool
-from distill_pipeline.generation.spec import SamplingSpec, TeacherSpec
+from distill_pipeline.generation.opening import greedy_engine
+from distill_pipeline.generation.served import ServedModel
+from distill_pipeline.generation.spec import SamplingSpec, ServerSpec, TeacherSpec
 from distill_pipeline.generation.stage import generate_outputs, missing_requests
 from distill_pipeline.models.resolve import ModelFolder, resolve_model
-from distill_pipeline.outcome import Outcome
+from distill_pipeline.outcome import Outcome, silent
 from distill_pipeline.records import COMPLETION_SCHEMA, PROMPT_SCHEMA, prompt_id
 
 SAMPLING = SamplingSpec(n=2, temperature=0.8, max_tokens=12)
@@ -284,3 +286,14 @@ def test_progress_says_rows_speed_and_time_left(bench: Bench, monkeypatch: pytes
     assert bench.news[1].endswith(" left")
     assert bench.news[-1].startswith("tiny: 60/60 completions")
     assert time.monotonic() - started < 30
+
+
+def test_a_greedy_engine_draws_nothing_and_says_so_in_its_answers_family(tiny_teacher_dir: Path, tmp_path: Path) -> None:
+    here = resolve_model(str(tiny_teacher_dir), models_dir=tmp_path, progress=silent)
+    served = ServedModel("m", None, ServerSpec(base_url=("http://127.0.0.1:1/v1",)))
+    for model, top_k in ((here, 50), (served, None)):
+        settings = greedy_engine(model, max_tokens=4, device="cpu").settings
+        found = {name: settings[name] for name in ("temperature", "top_k", "top_p", "system", "seed", "model")}
+        assert found == {
+            "temperature": 0.0, "top_k": top_k, "top_p": 0.95, "system": None, "seed": 0, "model": model.identity
+        }  # fmt: skip
