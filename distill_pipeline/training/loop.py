@@ -12,7 +12,7 @@ import contextlib
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from distill_pipeline.errors import TrainingError
 from distill_pipeline.outcome import Progress
+from distill_pipeline.signals.table import StoredSignals
 from distill_pipeline.training.batches import Example, ExampleSet, Layout, MicroBatch, epoch_order, micro_batches
 from distill_pipeline.training.checkpoints import Checkpoint, save_checkpoint
 from distill_pipeline.training.head import head_loss
@@ -37,7 +38,7 @@ ADAM_BETAS = (0.9, 0.95)
 
 @dataclass(frozen=True)
 class ModelPair:
-    """Student and frozen teacher (None where no stage needs one), with their heads.
+    """Student and frozen teacher (None where no stage needs one), with their heads; or what was stored of the teacher.
 
     ``vocab_width`` is the narrower head's number of rows: the wider one is cut there, at padding that no token uses.
     """
@@ -47,6 +48,7 @@ class ModelPair:
     vocab_width: int
     teacher: Any = None
     teacher_head_VH: Tensor | None = None
+    signals: StoredSignals | None = None
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,11 @@ def _micro_step(models: ModelPair, part: MicroBatch, stage: TrainStageSpec, num_
 
     is_kd = stage.method == "logit_kd"
     teacher_hidden_PH = None
-    if is_kd:
+    if is_kd and stage.signal != "online":
+        assert models.signals is not None
+        sparse = models.signals.targets(stage.signal, stage.kd_temperature, part.signals.first_rows())
+        part = replace(part, targets=replace(part.targets, sparse=sparse.to(part.token_ids_ST.device)))
+    elif is_kd:
         with torch.inference_mode(), cast():
             teacher_hidden_PH = hidden_states(models.teacher, part)
     with cast():
@@ -194,7 +200,7 @@ def _micro_step(models: ModelPair, part: MicroBatch, stage: TrainStageSpec, num_
     if use_bfloat16:
         hidden_PH = hidden_PH.to(torch.bfloat16)
         teacher_hidden_PH = None if teacher_hidden_PH is None else teacher_hidden_PH.to(torch.bfloat16)
-    student_VH, teacher_VH = models.student_head_VH, models.teacher_head_VH if is_kd else None
+    student_VH, teacher_VH = models.student_head_VH, models.teacher_head_VH if teacher_hidden_PH is not None else None
     if len(student_VH) != models.vocab_width:
         student_VH = student_VH[: models.vocab_width]
     if teacher_VH is not None:

@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints, model_validator
 
+from distill_pipeline.signals.spec import SignalKind
 from distill_pipeline.spec import Spec
 
 ALGORITHM = "student_checkpoint/1"
@@ -44,7 +45,9 @@ class TrainStageSpec(Spec):
     """One stage of a student's training. Stages run in order."""
 
     method: Literal["sft", "logit_kd"]
-    signal: Literal["online"] = Field("online", description="where logit_kd gets the teacher's distribution")
+    signal: Literal["online", "topk", "sampled"] = Field(
+        "online", description="where logit_kd gets the teacher's distribution: from the teacher itself, or as stored before"
+    )
     divergence: Literal["forward_kl"] = "forward_kl"
     kd_temperature: float = Field(1.0, gt=0.0, description="divides both models' logits; its square scales the divergence")
     ce_weight: float = Field(0.0, ge=0.0, le=1.0, description="share of cross-entropy on the data's tokens in logit_kd")
@@ -62,6 +65,12 @@ class TrainStageSpec(Spec):
     weight_decay: float = Field(0.0, ge=0.0)
     clip_norm: float | None = Field(1.0, gt=0.0)
 
+    @model_validator(mode="after")
+    def _signal_fits(self) -> "TrainStageSpec":
+        if self.signal != "online" and (self.method, self.divergence) != ("logit_kd", "forward_kl"):
+            raise ValueError(f"signal {self.signal} is for method logit_kd with divergence forward_kl")
+        return self
+
 
 class StudentSpec(Spec):
     """One student: its data (``teacher/filter``, several for several teachers), its first weights, its training."""
@@ -72,3 +81,11 @@ class StudentSpec(Spec):
     max_length: int = Field(
         2048, ge=16, description="longest prompt plus completion in tokens; longer ones are left out, counted"
     )
+
+    def signal_kinds(self) -> tuple[SignalKind, ...]:
+        """The kinds of stored teacher signals that the stages read."""
+        return tuple(dict.fromkeys(stage.signal for stage in self.stages if stage.signal != "online"))
+
+    def needs_teacher(self) -> bool:
+        """Whether a stage reads the teacher's distributions from the teacher itself."""
+        return any(stage.method != "sft" and stage.signal == "online" for stage in self.stages)
