@@ -1,4 +1,4 @@
-"""Time and peak memory of the losses on a full vocabulary: cross-entropy, naive KL, and the chunked head.
+"""Time and peak memory of the losses on a full vocabulary: cross-entropy, naive KL, the chunked head, and stored signals.
 
     python benchmarks/training.py --json results.json
 
@@ -12,16 +12,19 @@ import multiprocessing
 import resource
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from distill_pipeline.sparse_losses import sampled_targets, topk_targets
 from distill_pipeline.training.head import CHUNK_TOKENS, Targets, head_loss
 
 VOCABULARY, STUDENT_WIDTH, TEACHER_WIDTH = 49_152, 576, 960
-VARIANTS = ("inputs alone", "cross-entropy", "teacher head", "naive KL", "chunked KL", "chunked KL + CE", "chunked CE")
+VARIANTS = ("inputs alone", "cross-entropy", "teacher head", "naive KL", "chunked KL", "chunked KL + CE", "chunked CE",
+            "top-16 KL", "sampled KL")  # fmt: skip
 
 
 def peak_mib() -> float:
@@ -48,6 +51,19 @@ def variant_step(variant: str, tokens: int, chunk_tokens: int) -> Callable[[], o
         teacher = {"teacher_hidden_PH": teacher_PH, "teacher_weight_VH": teacher_VH} if with_teacher else {}
         head_loss(hidden_PH, weight_VH, targets, num_tokens=tokens, ce_weight=ce_weight, chunk_tokens=chunk_tokens,
                   **teacher).loss.backward()  # fmt: skip
+
+    stored = {
+        "top-16 KL": topk_targets(
+            torch.rand(tokens, VOCABULARY).topk(16).indices, torch.full((tokens, 16), -4.0), torch.full((tokens,), -1.5)
+        ),
+        "sampled KL": sampled_targets(
+            torch.randint(VOCABULARY, (tokens, 16)), torch.randint(1, 9, (tokens, 16)), torch.ones(tokens)
+        ),
+    }
+
+    def sparse() -> None:
+        head_loss(hidden_PH, weight_VH, replace(targets, sparse=stored[variant]), num_tokens=tokens, ce_weight=0.0,
+                  chunk_tokens=chunk_tokens).loss.backward()  # fmt: skip
 
     def naive() -> None:
         with torch.no_grad():
@@ -76,6 +92,8 @@ def variant_step(variant: str, tokens: int, chunk_tokens: int) -> Callable[[], o
                 chunked(0.5)
             case "chunked CE":
                 chunked(1.0, with_teacher=False)
+            case "top-16 KL" | "sampled KL":
+                sparse()
         return None
 
     return step
@@ -117,10 +135,12 @@ def main() -> None:
     memory_of = {row["variant"]: row["extra_mib"] for row in rows}
     ratio = time_of["chunked KL"] / (time_of["cross-entropy"] + time_of["teacher head"])
     share = memory_of["chunked KL"] / memory_of["naive KL"]
+    worst = max(time_of["top-16 KL"], time_of["sampled KL"]) / time_of["chunked CE"]
+    print(f"the slower of the stored signals takes {worst:.2f} x chunked cross-entropy")
     print(f"chunked KL takes {ratio:.2f} x (cross-entropy + teacher head) and {share:.0%} of naive KL's memory")
     if arguments.json:
         result = {"torch": torch.__version__, "threads": torch.get_num_threads(), "rows": rows, "time_ratio": ratio,
-                  "memory_share": share}  # fmt: skip
+                  "memory_share": share, "stored_signal_ratio": worst}  # fmt: skip
         arguments.json.write_text(json.dumps(result, indent=2))
 
 

@@ -20,6 +20,7 @@ from distill_pipeline.generation.spec import TeacherSpec
 from distill_pipeline.prompts.spec import PromptPoolSpec
 from distill_pipeline.scoring.registry import scorer_fault
 from distill_pipeline.scoring.spec import ScorerSpec
+from distill_pipeline.signals.spec import SignalKind, SignalsSpec
 from distill_pipeline.spec import ANY_DOMAIN, NAME_PATTERN, Name, Spec
 from distill_pipeline.training.spec import StudentSpec
 
@@ -36,6 +37,7 @@ class Experiment(Spec):
     teachers: dict[Name, TeacherSpec] = Field(min_length=1)
     scorers: dict[str, tuple[ScorerSpec, ...]] = Field(default_factory=dict, description="scorers by domain; * is any other")
     filters: dict[Name, FilterSpec] = Field(min_length=1)
+    signals: SignalsSpec = SignalsSpec()
     students: dict[Name, StudentSpec] = Field(min_length=1)
     evaluation: EvaluationSpec
     compute: ComputeSpec = ComputeSpec()
@@ -53,6 +55,15 @@ class Experiment(Spec):
     def scorers_of(self, domain: str) -> tuple[ScorerSpec, ...]:
         """The scorers of a domain: its own list, else the one under ``*``, else none."""
         return self.scorers.get(domain, self.scorers.get(ANY_DOMAIN, ()))
+
+    def wanted_signals(self) -> dict[str, tuple[tuple[SignalKind, ...], int]]:
+        """For each ``teacher/filter`` whose signals students ask for: the kinds, and the longest row that one of them takes."""
+        found: dict[str, tuple[set[SignalKind], int]] = {}
+        for recipe in self.students.values():
+            for reference in recipe.data if recipe.signal_kinds() else ():
+                kinds, longest = found.get(reference, (set(), 0))
+                found[reference] = (kinds | set(recipe.signal_kinds()), max(longest, recipe.max_length))
+        return {name: (tuple(sorted(kinds, reverse=True)), longest) for name, (kinds, longest) in found.items()}
 
     def teacher_of(self, student: str) -> str:
         """The teacher whose distribution a student imitates and whose layers it inherits: the first of its data."""
@@ -176,6 +187,7 @@ def _cross_faults(document: Mapping[str, Any]) -> Iterator[str]:
             kind = _mapping(part).get("kind")
             if isinstance(kind, str) and (fault := scorer_fault(kind, _mapping(_mapping(part).get("options")))):
                 yield f"scorers.{domain}.{index}.kind: {fault}"
+    yield from _signal_faults(document)
     students = set(_mapping(document.get("students")))
     baselines = _mapping(document.get("evaluation")).get("baselines")
     for index, baseline in enumerate(baselines if isinstance(baselines, list) else []):
@@ -187,6 +199,22 @@ def _cross_faults(document: Mapping[str, Any]) -> Iterator[str]:
         n, temperature = sampling.get("n", 4), sampling.get("temperature", 0.7)
         if temperature == 0 and isinstance(n, int) and n > 1:
             yield f"teachers.{teacher}.sampling: temperature 0 is greedy, {n} samples would be equal; set n: 1"
+
+
+def _signal_faults(document: Mapping[str, Any]) -> Iterator[str]:
+    """Stages that train on stored signals at a temperature for which none are stored."""
+    listed = _mapping(document.get("signals")).get("temperatures", [1.0])
+    temperatures = listed if isinstance(listed, list) else []
+    for student, part in _mapping(document.get("students")).items():
+        stages = _mapping(part).get("stages")
+        for index, stage in enumerate(stages if isinstance(stages, list) else []):
+            wanted = _mapping(stage).get("kd_temperature", 1.0)
+            if _mapping(stage).get("signal") in ("topk", "sampled") and wanted not in temperatures:
+                stored = ", ".join(map(str, temperatures))
+                yield (
+                    f"students.{student}.stages.{index}.kd_temperature: {_brief(wanted)} is not among signals.temperatures "
+                    f"({stored}); add it there: what is stored for one temperature cannot be used at another"
+                )
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

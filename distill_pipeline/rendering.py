@@ -55,9 +55,10 @@ class ChatRenderer:
         eos = tokenizer.eos_token_id
         self.stop_token_ids: frozenset[int] = frozenset({self.end_token_id} | ({eos} if eos is not None else set()))
         self.prompt_ids([{"role": "user", "content": _PROBE}])
-        self.fingerprint: str = sha256_of(
-            ["chat-renderer/1", _tokenizer_document(tokenizer), tokenizer.chat_template, system, self.end_token_id]
-        )
+        document = _tokenizer_document(tokenizer)
+        self.tokenizer_sha256: str = sha256_of(document)
+        self.template_sha256: str = sha256_of([tokenizer.chat_template, system, self.end_token_id])
+        self.fingerprint: str = sha256_of(["chat-renderer/1", document, tokenizer.chat_template, system, self.end_token_id])
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Ids of the conversation up to where the assistant speaks; a beginning-of-text token at most once.

@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
@@ -18,6 +19,9 @@ from distill_pipeline.nodes import Stage
 from distill_pipeline.outcome import Outcome
 from distill_pipeline.storage.artifacts import Artifact
 from distill_pipeline.work import Work, evaluation_documents_of, protected_documents, protected_index
+
+if TYPE_CHECKING:
+    from distill_pipeline.signals.table import SignalSource
 
 UNHASHED_FILES = frozenset({"report.html", "report.json", "comparison.html", "comparison.json", "leaderboard.json"})
 """Files whose bytes hold times and costs: they are listed with their hashes but do not make a version."""
@@ -88,8 +92,8 @@ def _nothing(work: Work) -> dict[str, str]:
 
 EXTERNAL_INPUTS: Mapping[Stage, Callable[[Work], dict[str, str]]] = {
     "prompt_pool": _pool_externals, "teacher_outputs": _outputs_externals, "scored_outputs": _scorer_externals,
-    "filtered_set": _filter_externals, "student_checkpoint": _student_externals, "eval_report": _report_externals,
-    "comparison": _nothing,
+    "filtered_set": _filter_externals, "teacher_signals": _teacher_externals, "student_checkpoint": _student_externals,
+    "eval_report": _report_externals, "comparison": _nothing,
 }  # fmt: skip
 
 
@@ -155,20 +159,47 @@ def _run_filtered_set(work: Work, out_dir: Path, input_key: str) -> Outcome:
     return Outcome(outcome.counts, facts, outcome.failed_gate)
 
 
+def _run_teacher_signals(work: Work, out_dir: Path, input_key: str) -> Outcome:
+    from distill_pipeline.training.capture import capture_signals
+
+    data = work.input("filtered_set")
+    kinds, max_length = work.experiment.wanted_signals()[work.node.name.split("/", 1)[1]]
+    outcome = capture_signals(
+        _training_rows([data]), out_dir, work.store.work_dir(work.node.name, input_key), signals=work.experiment.signals,
+        kinds=kinds, max_length=max_length, teacher=work.teacher_model(),
+        system=work.experiment.teachers[work.teacher_name].system, device=work.teacher_device, seed=work.experiment.seed,
+        progress=work.progress,
+    )  # fmt: skip
+    return Outcome(outcome.counts, outcome.facts | {"teacher": data.manifest.facts["teacher"]}, outcome.failed_gate)
+
+
 def _run_student_checkpoint(work: Work, out_dir: Path, input_key: str) -> Outcome:
     from distill_pipeline.training.stage import train_student
 
     assert work.node.student is not None
     recipe = work.experiment.students[work.node.student]
     teacher = work.experiment.teachers[work.teacher_name]
-    sets = list(work.inputs.values())
+    sets = [artifact for name, artifact in work.inputs.items() if name.startswith("filtered_set/")]
     outcome = train_student(
         _training_rows(sets), out_dir, work.store.work_dir(work.node.name, input_key), student=recipe,
         teacher=work.teacher_model(), init_model=work.model(recipe.init.model) if recipe.init.model else None,
         system=teacher.system, device=work.student_device, seed=work.experiment.seed, progress=work.progress,
+        signals=work.experiment.signals, signal_sources=_signal_sources(work, sets),
     )  # fmt: skip
     teachers = {facts["name"]: facts for facts in (data.manifest.facts["teacher"] for data in sets)}
     return Outcome(outcome.counts, outcome.facts | {"teachers": list(teachers.values())}, outcome.failed_gate)
+
+
+def _signal_sources(work: Work, sets: Iterable[Artifact]) -> "list[SignalSource]":
+    """Where the signals of each set lie that the student reads, beside who wrote its completions."""
+    from distill_pipeline.signals.table import SignalSource
+
+    found = []
+    for data in sets:
+        name = data.name.replace("filtered_set/", "teacher_signals/")
+        if name in work.inputs:
+            found.append(SignalSource(name, work.inputs[name].local_dir(), data.manifest.facts["teacher"]["identity"]))
+    return found
 
 
 def _training_rows(sets: Iterable[Artifact]) -> Iterator[pa.RecordBatch]:
@@ -196,6 +227,6 @@ def _run_comparison(work: Work, out_dir: Path, input_key: str) -> Outcome:
 
 RUNNERS: Mapping[Stage, Callable[[Work, Path, str], Outcome]] = {
     "prompt_pool": _run_prompt_pool, "teacher_outputs": _run_teacher_outputs, "scored_outputs": _run_scored_outputs,
-    "filtered_set": _run_filtered_set, "student_checkpoint": _run_student_checkpoint, "eval_report": _run_eval_report,
-    "comparison": _run_comparison,
+    "filtered_set": _run_filtered_set, "teacher_signals": _run_teacher_signals, "student_checkpoint": _run_student_checkpoint,
+    "eval_report": _run_eval_report, "comparison": _run_comparison,
 }  # fmt: skip

@@ -134,6 +134,33 @@ def test_the_whole_graph_is_made_once_and_then_nothing_is_done(world: World) -> 
     assert [row["name"] for row in leaderboard["filters"]] == ["small/every"]
 
 
+def test_students_of_stored_signals_are_planned_made_once_and_traced(world: World) -> None:
+    from distill_pipeline.lineage import lineage_lines, open_folder, trace
+    from distill_pipeline.planning import plan_experiment
+
+    for kind in ("topk", "sampled"):
+        world.document["students"][kind] = recipe = world._student("logit_kd", {"prune": {"layers": 2}})
+        recipe["stages"][0]["signal"] = kind
+    world.document["signals"] = {"k": 8}
+    world.save()
+    lines = {line.node: line for line in plan_experiment(world.pipeline())}
+    assert lines["teacher_signals/small/every"].num_bytes > 0
+    assert "topk and sampled" in lines["teacher_signals/small/every"].note
+    assert lines["student_checkpoint/topk"].seconds is not None
+    first = world.make_all()
+    assert all(artifact.reused for artifact in world.make_all().values())
+    signals = first["teacher_signals/small/every"]
+    assert signals.manifest.counts["captured"] == first["filtered_set/small/every"].manifest.counts["accepted"]
+    assert set(signals.manifest.facts["bytes_a_token"]) == {"topk", "sampled-t1.0"}
+    assert first["student_checkpoint/topk"].manifest.facts["teacher_sha256_before"] is None
+    text = "\n".join(lineage_lines(trace(open_folder(world.root / "student_checkpoint" / "topk"))))
+    assert f"teacher_signals/small/every  {signals.version}  [verified]" in text
+    world.document["signals"]["k"] = 4
+    world.save()
+    with pytest.raises(MissingInputError, match="distill signals EXPERIMENT small/every"):
+        world.pipeline().make("student_checkpoint/topk")
+
+
 def test_ten_new_prompts_send_ten_to_the_teacher(world: World) -> None:
     for name in ("prompt_pool", "teacher_outputs/small"):
         world.pipeline().make(name)

@@ -19,10 +19,10 @@ Axes: S sequences, T tokens of the longest one, N pairs, P positions with a pair
 
 import hashlib
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import pairwise
+from itertools import pairwise, repeat
 from typing import Any, Literal
 
 import numpy as np
@@ -36,17 +36,23 @@ from distill_pipeline.training.head import Targets
 
 Layout = Literal["shared", "plain"]
 
+NO_SIGNAL = -1
+
 TREE_TOKENS = 512
 """Longest tree of several prompts: attention looks at all pairs of its tokens, which by then costs a tenth of the rest."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt with its completions as token ids; a completion ends with the end token if the teacher finished it."""
+    """A prompt with its completions as token ids; a completion ends with the end token if the teacher finished it.
+
+    ``signal_rows``, one a completion or none at all, say where the completions' tokens start in a table of teacher signals.
+    """
 
     prompt_id: str
     prompt: tuple[int, ...]
     completions: tuple[tuple[int, ...], ...]
+    signal_rows: tuple[int, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -60,6 +66,7 @@ class ExampleSet:
     def __init__(self) -> None:
         self._tokens = array("i")
         self._spans: list[array[int]] = []
+        self._signal_rows: list[array[int]] = []
         self._prompt_ids: list[str] = []
 
     def append(self, example: Example) -> None:
@@ -69,6 +76,7 @@ class ExampleSet:
             self._tokens.extend(ids)
             ends.append(len(self._tokens))
         self._spans.append(ends)
+        self._signal_rows.append(array("q", example.signal_rows))
         self._prompt_ids.append(example.prompt_id)
 
     def fingerprint(self) -> str:
@@ -92,14 +100,20 @@ class ExampleSet:
     def __getitem__(self, index: int) -> Example:
         ends = self._spans[index]
         parts = [tuple(self._tokens[start:stop]) for start, stop in pairwise(ends)]
-        return Example(self._prompt_ids[index], parts[0], tuple(parts[1:]))
+        return Example(self._prompt_ids[index], parts[0], tuple(parts[1:]), tuple(self._signal_rows[index]))
+
+
+SignalRow = Callable[[str, tuple[int, ...], tuple[int, ...]], int]
+"""From a completion's id, its prompt's tokens and its own to the row where its teacher signals start."""
 
 
 def encode_examples(
-    batches: Iterable[pa.RecordBatch], renderer: ChatRenderer, *, max_length: int
+    batches: Iterable[pa.RecordBatch], renderer: ChatRenderer, *, max_length: int, signal_row: SignalRow | None = None
 ) -> tuple[ExampleSet, dict[str, int]]:
     """Render training rows (TRAINING_SCHEMA) to examples, in their order.
 
+    Args:
+        signal_row: finds the examples' ``signal_rows``, where they have any.
     Returns:
         The examples, and counts that add up: ``completions`` = ``trained_completions`` + ``too_long`` + ``no_tokens``;
         ``rows``, ``trained_rows`` (with at least one completion left) and ``data_tokens`` (completion tokens of one epoch).
@@ -111,23 +125,17 @@ def encode_examples(
     counts = dict.fromkeys(names, 0)
     for batch in batches:
         for row in batch.to_pylist():
-            prompt = tuple(renderer.prompt_ids(row["messages"]))
-            kept = []
-            for completion in row["completions"]:
-                ids = renderer.completion_ids(completion["raw_text"], finished=completion["finish_reason"] == "stop")
-                if not ids or not prompt:
-                    counts["no_tokens"] += 1
-                elif len(prompt) + len(ids) > max_length:
-                    counts["too_long"] += 1
-                else:
-                    kept.append(tuple(ids))
+            prompt, kept, left_out = encode_row(row, renderer, max_length=max_length)
             counts["rows"] += 1
             counts["completions"] += len(row["completions"])
+            counts["too_long"] += left_out["too_long"]
+            counts["no_tokens"] += left_out["no_tokens"]
             if kept:
-                examples.append(Example(row["prompt_id"], prompt, tuple(kept)))
+                rows = () if signal_row is None else tuple(signal_row(name, prompt, ids) for name, ids in kept)
+                examples.append(Example(row["prompt_id"], prompt, tuple(ids for _, ids in kept), rows))
                 counts["trained_rows"] += 1
                 counts["trained_completions"] += len(kept)
-                counts["data_tokens"] += sum(len(ids) for ids in kept)
+                counts["data_tokens"] += sum(len(ids) for _, ids in kept)
     if not len(examples):
         raise TrainingError(
             f"no token to train on: of {counts['completions']} completions in {counts['rows']} rows, {counts['too_long']} are "
@@ -135,6 +143,24 @@ def encode_examples(
             "Raise max_length, or loosen the filter."
         )
     return examples, counts
+
+
+def encode_row(
+    row: Mapping[str, Any], renderer: ChatRenderer, *, max_length: int
+) -> tuple[tuple[int, ...], list[tuple[str, tuple[int, ...]]], dict[str, int]]:
+    """The tokens of a training row's prompt and of its usable completions by id, and how many are left out by reason."""
+    prompt = tuple(renderer.prompt_ids(row["messages"]))
+    kept: list[tuple[str, tuple[int, ...]]] = []
+    left_out = {"too_long": 0, "no_tokens": 0}
+    for completion in row["completions"]:
+        ids = renderer.completion_ids(completion["raw_text"], finished=completion["finish_reason"] == "stop")
+        if not ids or not prompt:
+            left_out["no_tokens"] += 1
+        elif len(prompt) + len(ids) > max_length:
+            left_out["too_long"] += 1
+        else:
+            kept.append((completion["completion_id"], tuple(ids)))
+    return prompt, kept, left_out
 
 
 @lru_cache(maxsize=2)
@@ -153,13 +179,21 @@ class TokenTree:
     targets: dict[tuple[int, int], int]
     """How many completions put a token (second) right after a place of this sequence (first)."""
     prompt_ids: tuple[str, ...]
+    signals: list[tuple[int, int]]
+    """(place, row of the teacher signals) of every completion token that has one; a shared place comes several times."""
 
 
 def sequences_of(examples: Sequence[Example], layout: Layout, *, max_tokens: int) -> list[TokenTree]:
     """The sequences of some examples: trees of at most ``max_tokens`` (``shared``), or one a completion (``plain``)."""
     if layout == "plain":
-        return [_tree([replace(example, completions=(ids,))]) for example in examples for ids in example.completions]
+        return [_tree([alone]) for example in examples for alone in _alone(example)]
     return [_tree(group) for group in _neighbours(examples, min(max_tokens, TREE_TOKENS))]
+
+
+def _alone(example: Example) -> Iterator[Example]:
+    """Each completion of an example behind its prompt."""
+    for index, ids in enumerate(example.completions):
+        yield replace(example, completions=(ids,), signal_rows=example.signal_rows[index : index + 1])
 
 
 def _neighbours(examples: Sequence[Example], max_tokens: int) -> Iterator[list[Example]]:
@@ -188,11 +222,16 @@ def _tree(examples: Sequence[Example]) -> TokenTree:
     depth: list[int] = []
     end: list[int] = []
     targets: dict[tuple[int, int], int] = {}
+    signals: list[tuple[int, int]] = []
     # Sorted, texts that begin alike stand together, and each one leaves the path of the one before at one place.
-    texts = sorted((example.prompt + ids, len(example.prompt)) for example in examples for ids in example.completions)
+    texts = sorted(
+        (example.prompt + ids, len(example.prompt), row)
+        for example in examples
+        for ids, row in zip(example.completions, example.signal_rows or repeat(NO_SIGNAL), strict=False)
+    )
     path: list[int] = []
     last: tuple[int, ...] = ()
-    for ids, prompt_length in texts:
+    for ids, prompt_length, row in texts:
         inputs = ids[:-1]
         shared = _common(last, inputs)
         for place in path[shared:]:
@@ -206,9 +245,25 @@ def _tree(examples: Sequence[Example]) -> TokenTree:
         last = inputs
         for place, target in zip(path[prompt_length - 1 :], ids[prompt_length:], strict=True):
             targets[place, target] = targets.get((place, target), 0) + 1
+        if row != NO_SIGNAL:
+            signals += [(place, row + offset) for offset, place in enumerate(path[prompt_length - 1 :])]
     for place in path:
         end[place] = len(tokens)
-    return TokenTree(tokens, depth, end, targets, tuple(example.prompt_id for example in examples))
+    return TokenTree(tokens, depth, end, targets, tuple(example.prompt_id for example in examples), signals)
+
+
+@dataclass(frozen=True)
+class SignalPlaces:
+    """Which rows of a table of teacher signals speak of which of a batch's P positions: pairs, some positions in several."""
+
+    position_M: np.ndarray[Any, np.dtype[np.int64]]
+    row_M: np.ndarray[Any, np.dtype[np.int64]]
+
+    def first_rows(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """(P,) one row a position: the first of those that there are."""
+        position_P, first = np.unique(self.position_M, return_index=True)
+        assert len(position_P) == int(self.position_M.max(initial=-1)) + 1, "a position without a signal"
+        return self.row_M[first]
 
 
 @dataclass(frozen=True)
@@ -228,14 +283,14 @@ class MicroBatch:
     num_tokens: int
     prompt_ids: tuple[str, ...]
     layout: Layout
+    signals: SignalPlaces
 
     def to(self, device: str) -> "MicroBatch":
         """The same batch on a device."""
         if device == "cpu":
             return self
         moved: dict[str, Any] = {key: x.to(device) for key, x in vars(self).items() if isinstance(x, Tensor)}
-        targets: dict[str, Any] = {key: x.to(device) for key, x in vars(self.targets).items() if isinstance(x, Tensor)}
-        return replace(self, **moved, targets=replace(self.targets, **targets))
+        return replace(self, **moved, targets=self.targets.to(torch.device(device)))
 
     def attention_mask(self, *, additive: bool) -> Tensor:
         """What the model takes: (S, T) of ones and zeros in layout ``plain``, else (S, 1, T, T), boolean or additive."""
@@ -273,8 +328,9 @@ def collate(sequences: Sequence[TokenTree], *, layout: Layout, pad_id: int) -> M
     places: list[int] = []
     bounds: list[int] = [0]
     pairs: list[tuple[int, int, int]] = []
+    signals: list[tuple[int, int]] = []
     for row, sequence in enumerate(sequences):
-        length = len(sequence.tokens)
+        length, first = len(sequence.tokens), len(places)
         token_ids[row, :length], position_ids[row, :length], end[row, :length] = sequence.tokens, sequence.depth, sequence.end
         for (place, target), weight in sorted(sequence.targets.items()):
             flat = row * width + place
@@ -283,6 +339,9 @@ def collate(sequences: Sequence[TokenTree], *, layout: Layout, pad_id: int) -> M
                 bounds.append(len(pairs))
             pairs.append((len(places) - 1, target, weight))
             bounds[-1] = len(pairs)
+        rank = {flat - row * width: first + index for index, flat in enumerate(places[first:])}
+        signals += [(rank[place], signal_row) for place, signal_row in sequence.signals]
+    signals_M2 = np.array(signals, dtype=np.int64).reshape(-1, 2)
     position_N, target_N, weight_N = (torch.tensor(column) for column in zip(*pairs, strict=True))
     weight_P = torch.zeros(len(places)).index_add_(0, position_N, weight_N.float())
     lengths = [len(sequence.tokens) for sequence in sequences]
@@ -290,4 +349,5 @@ def collate(sequences: Sequence[TokenTree], *, layout: Layout, pad_id: int) -> M
         torch.from_numpy(token_ids), torch.from_numpy(position_ids), torch.from_numpy(end), torch.tensor(lengths),
         torch.tensor(places), Targets(bounds, position_N, target_N, weight_N.float(), weight_P), int(weight_N.sum()),
         tuple(dict.fromkeys(name for sequence in sequences for name in sequence.prompt_ids)), layout,
+        SignalPlaces(signals_M2[:, 0], signals_M2[:, 1]),
     )  # fmt: skip

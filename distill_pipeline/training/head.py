@@ -13,7 +13,7 @@ Axes: P positions with a loss, N (position, target) pairs, H hidden width, V voc
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from distill_pipeline.losses import (
     policy_gradient_with_gradient,
 )
 from distill_pipeline.models.forward import evaluating
+from distill_pipeline.sparse_losses import SparseTargets, sparse_divergence_with_gradient
 
 POLICY_GRADIENT = "policy_gradient"
 """In the place of a divergence: reverse_kl estimated from the targets, which the student drew itself."""
@@ -49,7 +50,8 @@ class Targets:
     """What the positions of a batch must predict.
 
     Position i has the pairs ``pair_bounds[i] : pair_bounds[i + 1]``: token ids and how many completions go on with each.
-    ``weight_P`` is the sum of a position's pair weights: the completion tokens it stands for.
+    ``weight_P`` is the sum of a position's pair weights: the completion tokens it stands for. ``sparse`` is what was stored of
+    the teacher's distribution, where that takes the place of a teacher.
     """
 
     pair_bounds: list[int]
@@ -57,6 +59,7 @@ class Targets:
     pair_target_N: Tensor
     pair_weight_N: Tensor
     weight_P: Tensor
+    sparse: SparseTargets | None = None
 
     def cut(self, start: int, stop: int) -> "Targets":
         """The targets of positions ``start : stop``, renumbered from 0."""
@@ -64,7 +67,15 @@ class Targets:
         pairs = slice(first, last)
         bounds = [bound - first for bound in self.pair_bounds[start : stop + 1]]
         position_N = self.pair_position_N[pairs] - start
-        return Targets(bounds, position_N, self.pair_target_N[pairs], self.pair_weight_N[pairs], self.weight_P[start:stop])
+        sparse = None if self.sparse is None else self.sparse.cut(start, stop)
+        return Targets(
+            bounds, position_N, self.pair_target_N[pairs], self.pair_weight_N[pairs], self.weight_P[start:stop], sparse
+        )
+
+    def to(self, device: torch.device) -> "Targets":
+        """The same targets on a device."""
+        moved: dict[str, Any] = {key: x.to(device) for key, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **moved, sparse=None if self.sparse is None else self.sparse.to(device))
 
 
 @dataclass(frozen=True)
@@ -95,15 +106,23 @@ def head_loss(
 ) -> HeadLoss:
     """(1 - ce_weight) kd_temperature^2 divergence + ce_weight cross-entropy, summed and divided by ``num_tokens``.
 
+    With ``targets.sparse`` the divergence is forward KL to these, at their temperature; else it is taken from the teacher.
+
     Args:
         hidden_PH: student's hidden states at positions with a loss; teacher's may have another width, on the same positions.
         num_tokens: completion tokens of the whole optimizer step, over all its micro-batches.
-        teacher_hidden_PH, teacher_weight_VH: both or none; without them the loss is cross-entropy alone (ce_weight 1).
+        teacher_hidden_PH, teacher_weight_VH: both or none; without them and without sparse targets the loss is cross-entropy
+            alone (ce_weight 1).
         divergence, options: a name of :mod:`distill_pipeline.losses` with its own number, or ``policy_gradient``.
     Raises:
-        ValueError: a teacher is missing although ce_weight is below 1, or the vocabularies' widths differ.
+        ValueError: a teacher is missing although ce_weight is below 1, there are two sources of the divergence, or the
+            vocabularies' widths differ.
     """
-    if teacher_hidden_PH is None or teacher_weight_VH is None:
+    if targets.sparse is not None:
+        if teacher_hidden_PH is not None:
+            raise ValueError("sparse targets and a teacher were given: the divergence has one source")
+        kd_temperature = targets.sparse.kd_temperature
+    elif teacher_hidden_PH is None or teacher_weight_VH is None:
         if ce_weight != 1.0:
             raise ValueError(f"ce_weight is {ce_weight}, but there is no teacher to take the other share from")
     elif teacher_weight_VH.shape[0] != weight_VH.shape[0]:
@@ -193,24 +212,35 @@ def _block_in_place(
     log_q_RV = log_probs(block_RV)
     ce_N, ce_grad_RV = cross_entropy_with_gradient(log_q_RV, *pairs, want_gradient=ce_weight > 0.0)
     ce_sum = ce_N @ targets.pair_weight_N
-    if teacher_RV is None:
+    if teacher_RV is None and targets.sparse is None:
         assert ce_grad_RV is not None
         block_RV.copy_(ce_grad_RV.mul_(ce_weight * scale))
         return torch.stack([torch.zeros_like(ce_sum), ce_sum])
     if kd_temperature != 1.0:
         log_q_RV = log_probs(block_RV, kd_temperature)
-    log_p_RV = log_probs(teacher_RV, kd_temperature)
-    if divergence == POLICY_GRADIENT:
-        kl_N, kl_grad_RV = policy_gradient_with_gradient(log_q_RV, log_p_RV, *pairs, kd_temperature=kd_temperature)
-        kl_sum = kl_N @ targets.pair_weight_N
-        block_RV.copy_(kl_grad_RV.mul_((1.0 - ce_weight) * scale))
-    else:
-        kl_R, kl_grad_RV = divergence_with_gradient(divergence, log_q_RV, log_p_RV, kd_temperature=kd_temperature, **options)
-        kl_sum = kl_R @ targets.weight_P
-        block_RV.copy_(kl_grad_RV.mul_((targets.weight_P * ((1.0 - ce_weight) * scale))[:, None]))
+    kl_sum, kl_grad_RV = _weighted_divergence(log_q_RV, teacher_RV, targets, divergence, options, kd_temperature)
+    block_RV.copy_(kl_grad_RV.mul_((1.0 - ce_weight) * scale))
     if ce_grad_RV is not None:
         block_RV.add_(ce_grad_RV, alpha=ce_weight * scale)
     return torch.stack([kl_sum, ce_sum])
+
+
+def _weighted_divergence(
+    log_q_RV: Tensor, teacher_RV: Tensor | None, targets: Targets, divergence: str, options: dict[str, float],
+    kd_temperature: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(the divergence summed over completion tokens, its gradient by the logits), from whatever there is of the teacher."""
+    if targets.sparse is not None:
+        kl_R, kl_grad_RV = sparse_divergence_with_gradient(log_q_RV, targets.sparse)
+        return kl_R @ targets.weight_P, kl_grad_RV.mul_(targets.weight_P[:, None])
+    assert teacher_RV is not None
+    log_p_RV = log_probs(teacher_RV, kd_temperature)
+    if divergence == POLICY_GRADIENT:
+        pairs = (targets.pair_position_N, targets.pair_target_N, targets.pair_weight_N)
+        kl_N, kl_grad_RV = policy_gradient_with_gradient(log_q_RV, log_p_RV, *pairs, kd_temperature=kd_temperature)
+        return kl_N @ targets.pair_weight_N, kl_grad_RV
+    kl_R, kl_grad_RV = divergence_with_gradient(divergence, log_q_RV, log_p_RV, kd_temperature=kd_temperature, **options)
+    return kl_R @ targets.weight_P, kl_grad_RV.mul_(targets.weight_P[:, None])
 
 
 def plain_head(model: Any) -> Tensor:

@@ -12,7 +12,7 @@ weights and losses in float32, on CUDA the forward passes in bfloat16. Given up:
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from distill_pipeline.errors import TrainingError
 from distill_pipeline.outcome import Progress
+from distill_pipeline.signals.table import StoredSignals
 from distill_pipeline.training.batches import Example, ExampleSet, Layout, MicroBatch, epoch_order, micro_batches
 from distill_pipeline.training.checkpoints import Checkpoint, save_checkpoint
 from distill_pipeline.training.head import POLICY_GRADIENT, head_loss
@@ -38,7 +39,7 @@ ADAM_BETAS = (0.9, 0.95)
 
 @dataclass(frozen=True)
 class ModelPair:
-    """Student and frozen teacher (None where no stage needs one), with their heads.
+    """Student and frozen teacher (None where no stage needs one), with their heads; or what was stored of the teacher.
 
     ``vocab_width`` is the narrower head's number of rows: the wider one is cut there, at padding that no token uses.
     """
@@ -48,6 +49,7 @@ class ModelPair:
     vocab_width: int
     teacher: Any = None
     teacher_head_VH: Tensor | None = None
+    signals: StoredSignals | None = None
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class TrainingRun:
         """Train all stages; ``curve`` then has one row a step. With ``resume``, go on where that checkpoint stopped.
 
         Raises:
-            TrainingError: a loss or gradient is not a number, or a stage needs a teacher or sampler that is not there.
+            TrainingError: a loss or gradient is not a number, or a part that a stage needs is not there.
         """
         self._check_parts()
         first_stage = first_step = 0
@@ -106,6 +108,7 @@ class TrainingRun:
         for index, stage in enumerate(self.stages):
             for part, needed, there in (
                 ("a teacher", stage.needs_teacher, self.models.teacher is not None),
+                ("teacher signals", stage.signal != "online", self.models.signals is not None),
                 ("a sampler", stage.method == "on_policy", self.sampler is not None),
             ):
                 if needed and not there:
@@ -170,7 +173,7 @@ class TrainingRun:
         position.advance(result.num_tokens)
         self.curve.append({
             "step": len(self.curve) + 1, "stage": index, "method": stage.method, "loss": result.loss,
-            "kl": result.kl if stage.needs_teacher else None, "ce": result.ce, "lr": rate, "grad_norm": norm,
+            "kl": result.kl if stage.distills else None, "ce": result.ce, "lr": rate, "grad_norm": norm,
             "tokens": self.trained_tokens, **(rolled.row() if rolled is not None else {}),
         })  # fmt: skip
 
@@ -206,7 +209,11 @@ def accumulate_gradients(
 def _micro_step(models: ModelPair, part: MicroBatch, stage: TrainStageSpec, num_tokens: int, use_bfloat16: bool) -> Tensor:
     device_type = part.token_ids_ST.device.type
     teacher_hidden_PH = None
-    if stage.needs_teacher:
+    if stage.distills and stage.signal != "online":
+        assert models.signals is not None, "the run checked its parts"
+        sparse = models.signals.targets(stage.signal, stage.kd_temperature, part.signals.first_rows())
+        part = replace(part, targets=replace(part.targets, sparse=sparse.to(part.token_ids_ST.device)))
+    elif stage.distills:
         with torch.inference_mode(), forward_precision(device_type, use_bfloat16):
             teacher_hidden_PH = hidden_states(models.teacher, part)
     with forward_precision(device_type, use_bfloat16):
@@ -223,7 +230,7 @@ def _micro_step(models: ModelPair, part: MicroBatch, stage: TrainStageSpec, num_
         hidden_PH, student_VH, part.targets, num_tokens=num_tokens, teacher_hidden_PH=teacher_hidden_PH,
         teacher_weight_VH=teacher_VH, options=stage.divergence_options,
         divergence=POLICY_GRADIENT if stage.objective == "policy_gradient" else stage.divergence,
-        kd_temperature=stage.kd_temperature, ce_weight=stage.ce_weight if stage.needs_teacher else 1.0,
+        kd_temperature=stage.kd_temperature, ce_weight=stage.ce_weight if stage.distills else 1.0,
     )  # fmt: skip
     result.loss.backward()  # type: ignore[no-untyped-call]
     return torch.stack([result.loss.detach(), result.divergence, result.cross_entropy])

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, StringConstraints, model_serializer, model_validator
 
+from distill_pipeline.signals.spec import SignalKind
 from distill_pipeline.spec import Spec
 
 ALGORITHM = "student_checkpoint/1"
@@ -79,7 +80,9 @@ class TrainStageSpec(Spec):
     """
 
     method: Literal["sft", "logit_kd", "on_policy"]
-    signal: Literal["online"] = Field("online", description="where logit_kd gets the teacher's distribution")
+    signal: Literal["online", "topk", "sampled"] = Field(
+        "online", description="where logit_kd gets the teacher's distribution: from the teacher itself, or as stored before"
+    )
     divergence: Divergence = "forward_kl"
     beta: float = Field(0.5, ge=0.0, le=1.0, description="jsd's weight of the teacher in the mixture; 1 is reverse_kl")
     alpha: float = Field(0.1, ge=0.0, le=1.0, description="how much of its first argument a skewed divergence mixes in")
@@ -107,9 +110,14 @@ class TrainStageSpec(Spec):
     clip_norm: float | None = Field(1.0, gt=0.0)
 
     @property
-    def needs_teacher(self) -> bool:
-        """Whether the teacher reads along."""
+    def distills(self) -> bool:
+        """Whether a divergence from the teacher is part of the loss."""
         return self.method in {"logit_kd", "on_policy"}
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the teacher itself reads along."""
+        return self.distills and self.signal == "online"
 
     @property
     def divergence_options(self) -> dict[str, float]:
@@ -121,6 +129,8 @@ class TrainStageSpec(Spec):
     def _no_setting_in_vain(self) -> "TrainStageSpec":
         if vain := sorted(self._unread() & self.model_fields_set):
             raise ValueError(f"{', '.join(vain)}: not read by method {self.method} with divergence {self.divergence}")
+        if self.signal != "online" and (self.method, self.divergence) != ("logit_kd", "forward_kl"):
+            raise ValueError(f"signal {self.signal} is for method logit_kd with divergence forward_kl")
         if self.method == "on_policy" and self.lambda_ == 1.0 and self.ce_weight > 0.0:
             raise ValueError(f"ce_weight is {self.ce_weight}, but with lambda_ 1 no step sees the data's tokens")
         if self.objective == "policy_gradient":
@@ -142,7 +152,7 @@ class TrainStageSpec(Spec):
 
     def _unread(self) -> set[str]:
         """Settings of other methods and divergences."""
-        unread = {"alpha", "beta", "mu"} - (self.divergence_options.keys() if self.needs_teacher else set())
+        unread = {"alpha", "beta", "mu"} - (self.divergence_options.keys() if self.distills else set())
         return unread if self.method == "on_policy" else unread | {"lambda_", "objective", "rollouts"}
 
     @model_serializer(mode="wrap")
@@ -177,3 +187,12 @@ class StudentSpec(Spec):
                     f"may have max_length={self.max_length} tokens; lower the first or raise the second"
                 )
         return self
+
+    def signal_kinds(self) -> tuple[SignalKind, ...]:
+        """The kinds of stored teacher signals that the stages read."""
+        return tuple(dict.fromkeys(stage.signal for stage in self.stages if stage.signal != "online"))
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a stage reads the teacher's distributions from the teacher itself."""
+        return any(stage.needs_teacher for stage in self.stages)

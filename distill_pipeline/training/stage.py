@@ -10,6 +10,7 @@ template, so they see the same tokens that generation saw. Otherwise the student
 """
 
 import hashlib
+import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -26,6 +27,9 @@ from distill_pipeline.models.load import load_model, load_tokenizer, resolve_dev
 from distill_pipeline.models.resolve import ModelFolder
 from distill_pipeline.outcome import Outcome, Progress
 from distill_pipeline.rendering import ChatRenderer
+from distill_pipeline.signals.files import Wanted
+from distill_pipeline.signals.spec import SignalsSpec
+from distill_pipeline.signals.table import SignalSource, StoredSignals, open_signals
 from distill_pipeline.training.batches import ExampleSet, encode_examples, epoch_order
 from distill_pipeline.training.checkpoints import Checkpoint, latest_checkpoint, remove_checkpoints
 from distill_pipeline.training.head import plain_head
@@ -51,6 +55,9 @@ ROLLOUT_SCHEMA = pa.schema(
 """Further columns of the curve of a student with an on_policy stage."""
 
 
+_AS_DEFAULT = SignalsSpec()
+
+
 @dataclass(frozen=True)
 class _Text:
     """Who reads the data: renderer, whose tokenizer it is, and the examples."""
@@ -74,6 +81,8 @@ def train_student(
     seed: int,
     progress: Progress,
     checkpoint_seconds: float = 120.0,
+    signals: SignalsSpec = _AS_DEFAULT,
+    signal_sources: Sequence[SignalSource] = (),
 ) -> Outcome:
     """Train a student and write it to ``out_dir``.
 
@@ -84,13 +93,20 @@ def train_student(
         system: the teacher's system prompt.
         device: a torch device or ``auto``; on CUDA forward passes are in bfloat16.
         checkpoint_seconds: at least so long between two checkpoints.
+        signals, signal_sources: how teacher signals were captured and where they are, for stages that do not read them online.
     Raises:
         TrainingError: nothing to train on, an architecture this cannot train, or a loss that is not a number.
         VocabularyMismatchError: a stage needs the teacher, and the models' token ids mean different things.
         ConfigError: rollouts do not fit the models' contexts.
+        SignalMismatchError: teacher signals are missing, or belong to other tokens, settings or another teacher.
     """
     device = resolve_device(device)
-    text = _read_text(training_batches, student, teacher, init_model, system)
+    renderer, owner = _renderer(student, teacher, init_model, system)
+    stored = _stored_signals(student, renderer, signals, signal_sources, work_dir / "signals")
+    examples, counts = encode_examples(
+        training_batches, renderer, max_length=student.max_length, signal_row=stored.row if stored else None
+    )
+    text = _Text(renderer, owner, examples, counts)
     run_key = version_of(
         {"algorithm": ALGORITHM, "student": student.document(), "teacher": teacher.identity, "seed": seed,
          "init_model": init_model.identity if init_model else None, "renderer": text.renderer.fingerprint,
@@ -103,9 +119,8 @@ def train_student(
     torch.manual_seed(seed)
     initial = _initial(student, teacher, init_model, text, seed, device, resume)
     progress(f"student: {initial.facts['parameters']:,} parameters, {initial.facts['share']:.0%} of the teacher's")
-    needs_teacher = any(stage.needs_teacher for stage in student.stages)
     use_bfloat16 = torch.device(device).type == "cuda"
-    pair = _pair(initial.model, teacher if needs_teacher else None, text, device, use_bfloat16)
+    pair = _pair(initial.model, teacher if student.needs_teacher else None, text, device, use_bfloat16, stored)
     models = [model for model in (pair.student, pair.teacher) if model is not None]
     sampler, longest = _sampler(student, models, text, seed, use_bfloat16)
     layout, reason = choose_layout(models, longest)
@@ -120,6 +135,7 @@ def train_student(
         raise TrainingError(f"the teacher {teacher.reference} changed while the student trained: {hash_before} to {hash_after}")
     _write_student(pair.student, text.renderer.tokenizer, run.curve, out_dir)
     remove_checkpoints(checkpoint_dir)
+    shutil.rmtree(work_dir / "signals", ignore_errors=True)
     facts = initial.facts | _run_facts(run) | {
         "layout": layout, "layout_reason": reason, "tokenizer": text.owner, "renderer": text.renderer.fingerprint,
         "teacher_sha256_before": hash_before, "teacher_sha256_after": hash_after, "device": device,
@@ -139,24 +155,40 @@ def parameters_sha256(model: Any) -> str:
     return digest.hexdigest()
 
 
-def _read_text(
-    batches: Iterable[pa.RecordBatch], student: StudentSpec, teacher: ModelFolder, init_model: ModelFolder | None,
-    system: str | None,
-) -> _Text:  # fmt: skip
+def _renderer(
+    student: StudentSpec, teacher: ModelFolder, init_model: ModelFolder | None, system: str | None
+) -> tuple[ChatRenderer, str]:
+    """What turns text into the student's tokens, and whose tokenizer it has."""
     tokenizer, owner = load_tokenizer(teacher.path), "teacher"
     if init_model is not None:
         own = load_tokenizer(init_model.path)
         differing = different_ids(own.get_vocab(), tokenizer.get_vocab())
-        if differing and any(stage.needs_teacher for stage in student.stages):
+        if differing and any(stage.distills for stage in student.stages):
             raise VocabularyMismatchError(
                 f"{init_model.reference} and {teacher.reference} give different meanings to {len(differing)} token ids, for "
                 f"instance {', '.join(differing[:5])}. Use sft, or a student with the teacher's tokenizer."
             )
         if differing:
             tokenizer, owner = own, "student"
-    renderer = ChatRenderer(tokenizer, system=system)
-    examples, counts = encode_examples(batches, renderer, max_length=student.max_length)
-    return _Text(renderer, owner, examples, counts)
+    return ChatRenderer(tokenizer, system=system), owner
+
+
+def _stored_signals(
+    student: StudentSpec, renderer: ChatRenderer, signals: SignalsSpec, sources: Sequence[SignalSource], folder: Path
+) -> StoredSignals | None:
+    """The teacher signals that the stages read, compared with what they are wanted for; None where none does."""
+    if not student.signal_kinds():
+        return None
+    sizes = {"topk": signals.k, "sampled": signals.draws}
+    wanted = [
+        Wanted(
+            stage.signal, renderer.tokenizer_sha256, renderer.template_sha256, renderer.vocab_size, stage.kd_temperature,
+            sizes[stage.signal],
+        )
+        for stage in student.stages
+        if stage.signal != "online"
+    ]  # fmt: skip
+    return open_signals(sources, list(dict.fromkeys(wanted)), folder)
 
 
 def different_ids(student_vocab: dict[str, int], teacher_vocab: dict[str, int]) -> list[str]:
@@ -182,8 +214,10 @@ def _initial(
     return initial_student(student.init, teacher, init_model, calibration, seed, device)
 
 
-def _pair(model: Any, teacher: ModelFolder | None, text: _Text, device: str, use_bfloat16: bool) -> ModelPair:
-    """Student and teacher in memory, with their heads."""
+def _pair(
+    model: Any, teacher: ModelFolder | None, text: _Text, device: str, use_bfloat16: bool, signals: StoredSignals | None
+) -> ModelPair:
+    """Student and teacher in memory, with their heads, or what was stored of the teacher."""
     head_VH = plain_head(model)
     width, frozen, teacher_head_VH = len(head_VH), None, None
     if teacher is not None:
@@ -196,7 +230,9 @@ def _pair(model: Any, teacher: ModelFolder | None, text: _Text, device: str, use
             f"the tokenizer has {text.renderer.vocab_size} ids and the models' heads only {width} in common. "
             "Choose a model whose embedding covers its tokenizer."
         )
-    return ModelPair(model, head_VH, width, frozen, teacher_head_VH)
+    if signals is not None:
+        width = text.renderer.vocab_size  # what signals are about: padding columns hold no token
+    return ModelPair(model, head_VH, width, frozen, teacher_head_VH, signals)
 
 
 def _sampler(
