@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from distill_pipeline.errors import TrainingError
+from distill_pipeline.models.forward import evaluating
 from distill_pipeline.outcome import Progress
 from distill_pipeline.signals.table import StoredSignals
 from distill_pipeline.training.batches import Example, ExampleSet, Layout, MicroBatch, epoch_order, micro_batches
@@ -35,6 +36,8 @@ CHECKPOINT_SHARE = 0.05
 """Most of the training time that checkpoints may take: a slow disk makes them rarer."""
 
 ADAM_BETAS = (0.9, 0.95)
+MEASURED_TOKENS = 1024
+"""Tokens of a forward pass that only measures."""
 
 
 @dataclass(frozen=True)
@@ -234,6 +237,18 @@ def _micro_step(models: ModelPair, part: MicroBatch, stage: TrainStageSpec, num_
     )  # fmt: skip
     result.loss.backward()  # type: ignore[no-untyped-call]
     return torch.stack([result.loss.detach(), result.divergence, result.cross_entropy])
+
+
+def mean_cross_entropy(models: ModelPair, examples: Sequence[Example], pad_id: int) -> float:
+    """The student's -log q of the examples' completion tokens, in nats a token; in float32, and nothing is trained."""
+    num_tokens, total = sum(example.num_tokens for example in examples), 0.0
+    weight_VH = models.student_head_VH.detach()
+    with torch.no_grad(), evaluating(models.student):
+        for part in micro_batches(examples, layout="plain", max_tokens=MEASURED_TOKENS, pad_id=pad_id):
+            part = part.to(str(models.student.device))
+            hidden_PH = hidden_states(models.student, part)
+            total += float(head_loss(hidden_PH, weight_VH, part.targets, num_tokens=num_tokens).cross_entropy)
+    return total
 
 
 def make_optimizer(student: Any, stage: TrainStageSpec) -> torch.optim.Optimizer:

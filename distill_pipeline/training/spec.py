@@ -22,11 +22,38 @@ DIVERGENCE_OPTION: Mapping[str, Literal["alpha", "beta", "mu"]] = {
 """The number that a divergence of :mod:`distill_pipeline.losses` takes beside the logits, where it takes one."""
 
 
-class PruneSpec(Spec):
-    """Drop layers of the teacher: those with the least block influence (1 - cosine of a layer's input and output)."""
+Layer = Annotated[int, Field(ge=0)]
 
-    layers: int = Field(ge=1, description="layers that stay")
-    by: Literal["block_influence"] = "block_influence"
+
+class PruneSpec(Spec):
+    """Drop layers of the teacher: as many as leave ``layers``, chosen ``by`` a measure, or those of a list.
+
+    ``block_influence`` drops the layers that turn their input least, each by itself; ``angular_distance`` drops the run of
+    neighbours that turns it least as a whole.
+    """
+
+    layers: int | None = Field(None, ge=1, description="layers that stay")
+    by: Literal["block_influence", "angular_distance"] = "block_influence"
+    keep: tuple[Layer, ...] | None = Field(None, min_length=1, description="the layers that stay, counted from 0")
+    drop: tuple[Layer, ...] | None = Field(None, min_length=1, description="the layers that go, counted from 0")
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> "PruneSpec":
+        given = [name for name in ("layers", "keep", "drop") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of layers, keep, drop (given: {', '.join(given) or 'none'})")
+        if self.layers is None and "by" in self.model_fields_set:
+            raise ValueError(f"by: not read where {given[0]} lists the layers")
+        for name in ("keep", "drop"):
+            listed = getattr(self, name) or ()
+            if list(listed) != sorted(set(listed)):
+                raise ValueError(f"{name} is {list(listed)}; list each layer once, in rising order")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_unread(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        hidden = {"keep", "drop"} if self.layers is not None else {"layers", "by"}
+        return {name: value for name, value in handler(self).items() if name not in hidden and value is not None}
 
 
 class ScratchSpec(Spec):

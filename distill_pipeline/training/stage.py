@@ -12,7 +12,7 @@ template, so they see the same tokens that generation saw. Otherwise the student
 import hashlib
 import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -30,17 +30,17 @@ from distill_pipeline.rendering import ChatRenderer
 from distill_pipeline.signals.files import Wanted
 from distill_pipeline.signals.spec import SignalsSpec
 from distill_pipeline.signals.table import SignalSource, StoredSignals, open_signals
-from distill_pipeline.training.batches import ExampleSet, encode_examples, epoch_order
+from distill_pipeline.training.batches import Example, ExampleSet, encode_examples, epoch_order
 from distill_pipeline.training.checkpoints import Checkpoint, latest_checkpoint, remove_checkpoints
 from distill_pipeline.training.head import plain_head
 from distill_pipeline.training.layout import choose_layout
-from distill_pipeline.training.loop import ModelPair, TrainingRun
+from distill_pipeline.training.loop import ModelPair, TrainingRun, mean_cross_entropy
 from distill_pipeline.training.rollouts import StudentSampler, length_limit, rollout_facts
 from distill_pipeline.training.spec import ALGORITHM, StudentSpec
 from distill_pipeline.training.student import InitialStudent, initial_student
 
 CALIBRATION_EXAMPLES = 24
-"""Prompts, with one completion each, on which block influence is measured."""
+"""Prompts, with one completion each, on which layers and the untrained student are measured."""
 
 CURVE_SCHEMA = pa.schema(
     [
@@ -121,6 +121,10 @@ def train_student(
     progress(f"student: {initial.facts['parameters']:,} parameters, {initial.facts['share']:.0%} of the teacher's")
     use_bfloat16 = torch.device(device).type == "cuda"
     pair = _pair(initial.model, teacher if student.needs_teacher else None, text, device, use_bfloat16, stored)
+    if resume is None:
+        initial.facts["untrained_loss"] = round(
+            mean_cross_entropy(pair, _calibration(text, seed), text.renderer.end_token_id), 6
+        )
     models = [model for model in (pair.student, pair.teacher) if model is not None]
     sampler, longest = _sampler(student, models, text, seed, use_bfloat16)
     layout, reason = choose_layout(models, longest)
@@ -209,9 +213,16 @@ def _initial(
         facts = resume.state["init"]
         made = initial_student(student.init, teacher, init_model, [], seed, device, facts.get("kept_layers"))
         return InitialStudent(made.model, facts)
-    chosen = epoch_order(len(text.examples), seed=seed, epoch=0)[:CALIBRATION_EXAMPLES]
-    calibration = [[*text.examples[i].prompt, *text.examples[i].completions[0]] for i in chosen]
+    calibration = [[*example.prompt, *example.completions[0]] for example in _calibration(text, seed)]
     return initial_student(student.init, teacher, init_model, calibration, seed, device)
+
+
+def _calibration(text: _Text, seed: int) -> list[Example]:
+    """The prompts of the first steps, with one completion each."""
+    chosen = epoch_order(len(text.examples), seed=seed, epoch=0)[:CALIBRATION_EXAMPLES]
+    return [
+        replace(example, completions=example.completions[:1], signal_rows=()) for example in (text.examples[i] for i in chosen)
+    ]
 
 
 def _pair(

@@ -23,6 +23,7 @@ from distill_pipeline.training import loop, stage
 from distill_pipeline.training.position import StagePosition, learning_rate, stage_steps
 from distill_pipeline.training.spec import StudentSpec, TrainStageSpec
 from distill_pipeline.training.stage import different_ids, parameters_sha256, train_student
+from distill_pipeline.training.student import keep_layers
 
 KD, SFT = {"method": "logit_kd", "epochs": 2}, {"method": "sft", "epochs": 1}
 OWN = {"method": "on_policy", "divergence": "reverse_kl", "epochs": 2, "rollouts": {"samples": 3, "max_tokens": 10}}
@@ -66,6 +67,22 @@ def test_training_lowers_the_loss_and_leaves_a_model_that_loads(train: Any, make
     assert load_tokenizer(tmp_path / "run" / "out").chat_template is not None
     assert outcome.facts["layout"] == "shared"
     assert not (tmp_path / "run" / "work" / "checkpoints").exists()
+
+
+def test_the_untrained_students_loss_is_known_before_its_first_step(
+    train: Any, make_student: Any, make_rows: Any, renderer: Any, teacher: ModelFolder
+) -> None:  # fmt: skip
+    outcome = train(make_student(KD, init={"prune": {"keep": [0, 3]}}), rows=make_rows(12))
+    model, losses = load_model(teacher.path), []
+    keep_layers(model, [0, 3])
+    for row in make_rows(12):
+        prompt = renderer.prompt_ids(row["messages"])
+        first = row["completions"][0]
+        answer = renderer.completion_ids(first["raw_text"], finished=first["finish_reason"] == "stop")
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1]
+        losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="none"))
+    assert outcome.facts["untrained_loss"] == pytest.approx(torch.cat(losses).mean().item(), abs=1e-5)
 
 
 def test_a_student_learns_from_its_own_answers_and_says_what_they_were(
