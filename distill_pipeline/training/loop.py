@@ -21,6 +21,7 @@ from torch import Tensor
 
 from distill_pipeline.errors import TrainingError
 from distill_pipeline.models.forward import evaluating
+from distill_pipeline.models.output_head import OutputHead
 from distill_pipeline.outcome import Progress
 from distill_pipeline.signals.table import StoredSignals
 from distill_pipeline.training.batches import Example, ExampleSet, Layout, MicroBatch, epoch_order, micro_batches
@@ -48,10 +49,10 @@ class ModelPair:
     """
 
     student: Any
-    student_head_VH: Tensor
+    student_head: OutputHead
     vocab_width: int
     teacher: Any = None
-    teacher_head_VH: Tensor | None = None
+    teacher_head: OutputHead | None = None
     signals: StoredSignals | None = None
 
 
@@ -224,14 +225,11 @@ def _micro_step(models: ModelPair, part: MicroBatch, stage: TrainStageSpec, num_
     if use_bfloat16:
         hidden_PH = hidden_PH.to(torch.bfloat16)
         teacher_hidden_PH = None if teacher_hidden_PH is None else teacher_hidden_PH.to(torch.bfloat16)
-    student_VH, teacher_VH = models.student_head_VH, models.teacher_head_VH if stage.needs_teacher else None
-    if len(student_VH) != models.vocab_width:
-        student_VH = student_VH[: models.vocab_width]
-    if teacher_VH is not None:
-        teacher_VH = teacher_VH[: models.vocab_width]
+    teacher_head = models.teacher_head if stage.needs_teacher else None
     result = head_loss(
-        hidden_PH, student_VH, part.targets, num_tokens=num_tokens, teacher_hidden_PH=teacher_hidden_PH,
-        teacher_weight_VH=teacher_VH, options=stage.divergence_options,
+        hidden_PH, models.student_head.cut(models.vocab_width), part.targets, num_tokens=num_tokens,
+        teacher_hidden_PH=teacher_hidden_PH, teacher_head=None if teacher_head is None else teacher_head.cut(models.vocab_width),
+        options=stage.divergence_options,
         divergence=POLICY_GRADIENT if stage.objective == "policy_gradient" else stage.divergence,
         kd_temperature=stage.kd_temperature, ce_weight=stage.ce_weight if stage.distills else 1.0,
     )  # fmt: skip
@@ -241,13 +239,12 @@ def _micro_step(models: ModelPair, part: MicroBatch, stage: TrainStageSpec, num_
 
 def mean_cross_entropy(models: ModelPair, examples: Sequence[Example], pad_id: int) -> float:
     """The student's -log q of the examples' completion tokens, in nats a token; in float32, and nothing is trained."""
-    num_tokens, total = sum(example.num_tokens for example in examples), 0.0
-    weight_VH = models.student_head_VH.detach()
+    num_tokens, total, head = sum(example.num_tokens for example in examples), 0.0, models.student_head.detached()
     with torch.no_grad(), evaluating(models.student):
         for part in micro_batches(examples, layout="plain", max_tokens=MEASURED_TOKENS, pad_id=pad_id):
             part = part.to(str(models.student.device))
             hidden_PH = hidden_states(models.student, part)
-            total += float(head_loss(hidden_PH, weight_VH, part.targets, num_tokens=num_tokens).cross_entropy)
+            total += float(head_loss(hidden_PH, head, part.targets, num_tokens=num_tokens).cross_entropy)
     return total
 
 

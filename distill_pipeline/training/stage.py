@@ -24,6 +24,7 @@ import torch
 from distill_pipeline.errors import TrainingError, VocabularyMismatchError
 from distill_pipeline.hashing import version_of
 from distill_pipeline.models.load import load_model, load_tokenizer, resolve_device
+from distill_pipeline.models.output_head import output_head
 from distill_pipeline.models.resolve import ModelFolder
 from distill_pipeline.outcome import Outcome, Progress
 from distill_pipeline.rendering import ChatRenderer
@@ -32,7 +33,6 @@ from distill_pipeline.signals.spec import SignalsSpec
 from distill_pipeline.signals.table import SignalSource, StoredSignals, open_signals
 from distill_pipeline.training.batches import Example, ExampleSet, encode_examples, epoch_order
 from distill_pipeline.training.checkpoints import Checkpoint, latest_checkpoint, remove_checkpoints
-from distill_pipeline.training.head import plain_head
 from distill_pipeline.training.layout import choose_layout
 from distill_pipeline.training.loop import ModelPair, TrainingRun, mean_cross_entropy
 from distill_pipeline.training.rollouts import StudentSampler, length_limit, rollout_facts
@@ -229,13 +229,13 @@ def _pair(
     model: Any, teacher: ModelFolder | None, text: _Text, device: str, use_bfloat16: bool, signals: StoredSignals | None
 ) -> ModelPair:
     """Student and teacher in memory, with their heads, or what was stored of the teacher."""
-    head_VH = plain_head(model)
-    width, frozen, teacher_head_VH = len(head_VH), None, None
+    head = output_head(model)
+    width, frozen, teacher_head = len(head), None, None
     if teacher is not None:
         frozen = load_model(teacher.path, device=device, dtype="bfloat16" if use_bfloat16 else "float32")
         frozen.eval().requires_grad_(False)
-        teacher_head_VH = plain_head(frozen)
-        width = min(width, len(teacher_head_VH))
+        teacher_head = output_head(frozen)
+        width = min(width, len(teacher_head))
     if text.renderer.vocab_size > width:
         raise VocabularyMismatchError(
             f"the tokenizer has {text.renderer.vocab_size} ids and the models' heads only {width} in common. "
@@ -243,7 +243,7 @@ def _pair(
         )
     if signals is not None:
         width = text.renderer.vocab_size  # what signals are about: padding columns hold no token
-    return ModelPair(model, head_VH, width, frozen, teacher_head_VH, signals)
+    return ModelPair(model, head, width, frozen, teacher_head, signals)
 
 
 def _sampler(
