@@ -110,7 +110,7 @@ def head_loss(
         divergence, options: a name of :mod:`distill_pipeline.losses` with its own number, or ``policy_gradient``.
     Raises:
         ValueError: a teacher is missing although ce_weight is below 1, there are two sources of the divergence, or the
-            vocabularies' widths differ.
+            vocabularies' widths differ (other than for ``uld``).
     """
     if targets.sparse is not None:
         if teacher_hidden_PH is not None:
@@ -119,7 +119,7 @@ def head_loss(
     elif teacher_hidden_PH is None or teacher_head is None:
         if ce_weight != 1.0:
             raise ValueError(f"ce_weight is {ce_weight}, but there is no teacher to take the other share from")
-    elif len(teacher_head) != len(head):
+    elif len(teacher_head) != len(head) and divergence != "uld":
         raise ValueError(f"the heads have {len(head)} and {len(teacher_head)} rows: cut both to one width")
     settings = (num_tokens, divergence, dict(options or {}), kd_temperature, ce_weight, chunk_tokens)
     loss, kl, ce = _HeadLoss.apply(  # type: ignore[no-untyped-call]

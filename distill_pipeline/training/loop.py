@@ -24,6 +24,7 @@ from distill_pipeline.models.forward import evaluating
 from distill_pipeline.models.output_head import OutputHead
 from distill_pipeline.outcome import Progress
 from distill_pipeline.signals.table import StoredSignals
+from distill_pipeline.training.apart import TeacherReading, read_apart
 from distill_pipeline.training.batches import Example, ExampleSet, Layout, MicroBatch, epoch_order, micro_batches
 from distill_pipeline.training.checkpoints import Checkpoint, save_checkpoint
 from distill_pipeline.training.head import POLICY_GRADIENT, head_loss
@@ -45,7 +46,8 @@ MEASURED_TOKENS = 1024
 class ModelPair:
     """Student and frozen teacher (None where no stage needs one), with their heads; or what was stored of the teacher.
 
-    ``vocab_width`` is the narrower head's number of rows: the wider one is cut there, at padding that no token uses.
+    The student's head is cut to ``vocab_width`` rows, at padding that no token uses; the teacher's is cut already: to as many,
+    or where the two have different tokenizers to its own.
     """
 
     student: Any
@@ -161,9 +163,12 @@ class TrainingRun:
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.zero_grad(set_to_none=True)
+        own = None
+        if stage.reads_apart and self.examples.own is not None:
+            own = step_examples(self.examples.own, stage, self.seed, position.step)
         result = accumulate_gradients(
             self.models, batch, stage, layout=self.layout, pad_id=self.pad_id, device=self.device,
-            use_bfloat16=self.use_bfloat16,
+            use_bfloat16=self.use_bfloat16, own=own,
         )  # fmt: skip
         norm = float(torch.nn.utils.clip_grad_norm_(student.parameters(), stage.clip_norm or math.inf))
         if not (math.isfinite(result.loss) and math.isfinite(norm)):
@@ -197,26 +202,39 @@ def accumulate_gradients(
     pad_id: int,
     device: str,
     use_bfloat16: bool = False,
+    own: Sequence[Example] | None = None,
 ) -> StepLoss:
     """Add the gradient of one global batch to the student's parameters, micro-batch by micro-batch.
 
     The same loss and gradient whatever ``stage.micro_batch_tokens`` and ``layout`` (to rounding).
+
+    Args:
+        own: the batch in the teacher's tokens, for a stage that reads apart; that one is always laid out ``plain``.
     """
     num_tokens = sum(example.num_tokens for example in batch)
-    sums = torch.zeros(3, device=device)
+    sums, reading = torch.zeros(3, device=device), None
+    if stage.reads_apart:
+        assert own is not None, "the run's examples were encoded twice"
+        layout, tokens = "plain", stage.micro_batch_tokens
+        batch, reading = read_apart(models.teacher, batch, own, max_tokens=tokens, device=device, use_bfloat16=use_bfloat16)
     for part in micro_batches(batch, layout=layout, max_tokens=stage.micro_batch_tokens, pad_id=pad_id):
-        sums += _micro_step(models, part.to(device), stage, num_tokens, use_bfloat16)
+        sums += _micro_step(models, part.to(device), stage, num_tokens, use_bfloat16, reading)
     loss, kl, ce = sums.tolist()
     return StepLoss(loss, kl, ce, num_tokens)
 
 
-def _micro_step(models: ModelPair, part: MicroBatch, stage: TrainStageSpec, num_tokens: int, use_bfloat16: bool) -> Tensor:
+def _micro_step(
+    models: ModelPair, part: MicroBatch, stage: TrainStageSpec, num_tokens: int, use_bfloat16: bool,
+    reading: TeacherReading | None,
+) -> Tensor:  # fmt: skip
     device_type = part.token_ids_ST.device.type
     teacher_hidden_PH = None
     if stage.distills and stage.signal != "online":
         assert models.signals is not None, "the run checked its parts"
         sparse = models.signals.targets(stage.signal, stage.kd_temperature, part.signals.first_rows())
         part = replace(part, targets=replace(part.targets, sparse=sparse.to(part.token_ids_ST.device)))
+    elif reading is not None:
+        teacher_hidden_PH, part = reading.of(part)
     elif stage.distills:
         with torch.inference_mode(), forward_precision(device_type, use_bfloat16):
             teacher_hidden_PH = hidden_states(models.teacher, part)
@@ -225,10 +243,9 @@ def _micro_step(models: ModelPair, part: MicroBatch, stage: TrainStageSpec, num_
     if use_bfloat16:
         hidden_PH = hidden_PH.to(torch.bfloat16)
         teacher_hidden_PH = None if teacher_hidden_PH is None else teacher_hidden_PH.to(torch.bfloat16)
-    teacher_head = models.teacher_head if stage.needs_teacher else None
     result = head_loss(
         hidden_PH, models.student_head.cut(models.vocab_width), part.targets, num_tokens=num_tokens,
-        teacher_hidden_PH=teacher_hidden_PH, teacher_head=None if teacher_head is None else teacher_head.cut(models.vocab_width),
+        teacher_hidden_PH=teacher_hidden_PH, teacher_head=models.teacher_head if stage.needs_teacher else None,
         options=stage.divergence_options,
         divergence=POLICY_GRADIENT if stage.objective == "policy_gradient" else stage.divergence,
         kd_temperature=stage.kd_temperature, ce_weight=stage.ce_weight if stage.distills else 1.0,

@@ -14,7 +14,7 @@ ALGORITHM = "student_checkpoint/1"
 DataRef = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]+(_[a-z0-9]+)*/[a-z0-9]+(_[a-z0-9]+)*$")]
 
 
-Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd", "akl"]
+Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd", "akl", "uld"]
 
 DIVERGENCE_OPTION: Mapping[str, Literal["alpha", "beta", "mu"]] = {
     "jsd": "beta", "skew_forward_kl": "alpha", "skew_reverse_kl": "alpha", "akl": "mu",
@@ -103,7 +103,8 @@ class TrainStageSpec(Spec):
     """One stage of a student's training. Stages run in order.
 
     ``sft`` learns the data's tokens and ``logit_kd`` the teacher's distribution on them; ``on_policy`` learns the teacher's
-    distribution on what the student itself answers to the data's prompts.
+    distribution on what the student itself answers to the data's prompts. With divergence ``uld`` the two models may have
+    different tokenizers.
     """
 
     method: Literal["sft", "logit_kd", "on_policy"]
@@ -147,6 +148,11 @@ class TrainStageSpec(Spec):
         return self.distills and self.signal == "online"
 
     @property
+    def reads_apart(self) -> bool:
+        """Whether student and teacher each read the data in their own tokens."""
+        return self.method == "logit_kd" and self.divergence == "uld"
+
+    @property
     def divergence_options(self) -> dict[str, float]:
         """The divergence's own number, by its name."""
         name = DIVERGENCE_OPTION.get(self.divergence)
@@ -158,6 +164,8 @@ class TrainStageSpec(Spec):
             raise ValueError(f"{', '.join(vain)}: not read by method {self.method} with divergence {self.divergence}")
         if self.signal != "online" and (self.method, self.divergence) != ("logit_kd", "forward_kl"):
             raise ValueError(f"signal {self.signal} is for method logit_kd with divergence forward_kl")
+        if self.divergence == "uld" and self.method == "on_policy":
+            raise ValueError("divergence uld pairs a teacher's answers in two tokenizations: it is for method logit_kd")
         if self.method == "on_policy" and self.lambda_ == 1.0 and self.ce_weight > 0.0:
             raise ValueError(f"ce_weight is {self.ce_weight}, but with lambda_ 1 no step sees the data's tokens")
         if self.objective == "policy_gradient":

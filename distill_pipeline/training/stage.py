@@ -6,7 +6,8 @@ nats a token; with an on_policy stage also the step's rollouts, their mean token
 there were none). Times are facts, never in a file, so that equal runs leave equal files.
 
 Decided: where student and teacher give the same meaning to every token id, both use the teacher's tokenizer and chat
-template, so they see the same tokens that generation saw. Otherwise the student keeps its own, and only sft is possible.
+template, so they see the same tokens that generation saw. Otherwise the student keeps its own, and only sft and logit_kd with
+divergence uld are possible.
 """
 
 import hashlib
@@ -60,10 +61,11 @@ _AS_DEFAULT = SignalsSpec()
 
 @dataclass(frozen=True)
 class _Text:
-    """Who reads the data: renderer, whose tokenizer it is, and the examples."""
+    """Who reads the data: renderer, whose tokenizer it is, the teacher's own for stages that read apart, and the examples."""
 
     renderer: ChatRenderer
     owner: str
+    own_renderer: ChatRenderer | None
     examples: ExampleSet
     counts: dict[str, int]
 
@@ -102,11 +104,15 @@ def train_student(
     """
     device = resolve_device(device)
     renderer, owner = _renderer(student, teacher, init_model, system)
+    own_renderer = None
+    if any(stage.reads_apart for stage in student.stages):
+        own_renderer = renderer if owner == "teacher" else ChatRenderer(load_tokenizer(teacher.path), system=system)
     stored = _stored_signals(student, renderer, signals, signal_sources, work_dir / "signals")
     examples, counts = encode_examples(
-        training_batches, renderer, max_length=student.max_length, signal_row=stored.row if stored else None
-    )
-    text = _Text(renderer, owner, examples, counts)
+        training_batches, renderer, max_length=student.max_length, signal_row=stored.row if stored else None,
+        own_renderer=own_renderer,
+    )  # fmt: skip
+    text = _Text(renderer, owner, own_renderer, examples, counts)
     run_key = version_of(
         {"algorithm": ALGORITHM, "student": student.document(), "teacher": teacher.identity, "seed": seed,
          "init_model": init_model.identity if init_model else None, "renderer": text.renderer.fingerprint,
@@ -167,10 +173,11 @@ def _renderer(
     if init_model is not None:
         own = load_tokenizer(init_model.path)
         differing = different_ids(own.get_vocab(), tokenizer.get_vocab())
-        if differing and any(stage.distills for stage in student.stages):
+        if differing and any(stage.distills and not stage.reads_apart for stage in student.stages):
             raise VocabularyMismatchError(
                 f"{init_model.reference} and {teacher.reference} give different meanings to {len(differing)} token ids, for "
-                f"instance {', '.join(differing[:5])}. Use sft, or a student with the teacher's tokenizer."
+                f"instance {', '.join(differing[:5])}. Use sft, logit_kd with divergence uld, or a student with the teacher's "
+                "tokenizer."
             )
         if differing:
             tokenizer, owner = own, "student"
@@ -229,20 +236,23 @@ def _pair(
     model: Any, teacher: ModelFolder | None, text: _Text, device: str, use_bfloat16: bool, signals: StoredSignals | None
 ) -> ModelPair:
     """Student and teacher in memory, with their heads, or what was stored of the teacher."""
-    head = output_head(model)
-    width, frozen, teacher_head = len(head), None, None
+    head, frozen, teacher_head = output_head(model), None, None
+    own = text.own_renderer if text.owner == "student" else None
+    width = len(head)
     if teacher is not None:
         frozen = load_model(teacher.path, device=device, dtype="bfloat16" if use_bfloat16 else "float32")
         frozen.eval().requires_grad_(False)
         teacher_head = output_head(frozen)
-        width = min(width, len(teacher_head))
+        width = width if own else min(width, len(teacher_head))
     if text.renderer.vocab_size > width:
         raise VocabularyMismatchError(
             f"the tokenizer has {text.renderer.vocab_size} ids and the models' heads only {width} in common. "
             "Choose a model whose embedding covers its tokenizer."
         )
-    if signals is not None:
-        width = text.renderer.vocab_size  # what signals are about: padding columns hold no token
+    if signals is not None or own:
+        width = text.renderer.vocab_size  # what the teacher's side is about: padding columns hold no token
+    if teacher_head is not None:
+        teacher_head = teacher_head.cut(min(len(teacher_head), own.vocab_size) if own else width)
     return ModelPair(model, head, width, frozen, teacher_head, signals)
 
 
