@@ -84,7 +84,7 @@ def output_head(model: Any) -> OutputHead:
 
     Raises:
         TrainingError: the logits are something else than hidden states times the output embedding with the bias, scale and
-            soft-cap that the configuration names: a loss on that would silently be another model's loss.
+            soft-cap that the configuration names: a loss on that would silently be another model's loss. Or no numbers.
     """
     name, matrix = type(model).__name__, model.get_output_embeddings()
     if model.base_model is model or not isinstance(getattr(matrix, "weight", None), Tensor):
@@ -97,6 +97,8 @@ def output_head(model: Any) -> OutputHead:
         reach = max(max(reading.cap or 0.0, PROBE_REACH / 4) * 4 / min(1.0, reading.scale) for reading in readings)
         gains = [1.0, reach / max(largest, 1e-6)]
         own = [(gain, logits_PV) for gain in gains if (logits_PV := _own_logits(model, matrix, probe, gain)) is not None]
+    if bool(own[0][1].isnan().any()):
+        raise TrainingError(f"the logits of {name} are not numbers on the tokens 2 to 9: its weights hold NaN or infinity")
     for reading in readings:
         if all(_fits(reading, hidden_PH, gain, logits_PV) for gain, logits_PV in own):
             return reading

@@ -27,7 +27,7 @@ from distill_pipeline.signals.table import StoredSignals
 from distill_pipeline.training.apart import TeacherReading, read_apart
 from distill_pipeline.training.batches import Example, ExampleSet, Layout, MicroBatch, epoch_order, micro_batches
 from distill_pipeline.training.checkpoints import Checkpoint, save_checkpoint
-from distill_pipeline.training.head import POLICY_GRADIENT, head_loss
+from distill_pipeline.training.head import CHUNK_TOKENS, POLICY_GRADIENT, head_loss
 from distill_pipeline.training.layout import forward_precision, hidden_states
 from distill_pipeline.training.position import StagePosition
 from distill_pipeline.training.rollouts import StudentSampler, answers_itself, rollouts_text
@@ -172,10 +172,11 @@ class TrainingRun:
         )  # fmt: skip
         norm = float(torch.nn.utils.clip_grad_norm_(student.parameters(), stage.clip_norm or math.inf))
         if not (math.isfinite(result.loss) and math.isfinite(norm)):
-            names = ", ".join(example.prompt_id for example in batch)
+            read = batch if own is None else own
+            cause = self._cause(stage, read, ", ".join(example.prompt_id for example in batch))
             raise TrainingError(
                 f"stage {index + 1} ({stage.method}), after {position}: the loss is {result.loss} and the gradient "
-                f"norm {norm}. The weights were not changed. Lower lr ({stage.lr}) or look at these prompts: {names}"
+                f"norm {norm}. The weights were not changed. {cause}"
             )
         optimizer.step()
         self.trained_tokens += result.num_tokens
@@ -185,6 +186,20 @@ class TrainingRun:
             "kl": result.kl if stage.distills else None, "ce": result.ce, "lr": rate, "grad_norm": norm,
             "tokens": self.trained_tokens, **(rolled.row() if rolled is not None else {}),
         })  # fmt: skip
+
+    def _cause(self, stage: TrainStageSpec, read: Sequence[Example], names: str) -> str:
+        """Where a loss that is not a number comes from: the teacher's logits, if they are none, else perhaps the step."""
+        models = self.models
+        if stage.needs_teacher and models.teacher is not None and models.teacher_head is not None:
+            faulty = [
+                example.prompt_id for example in read
+                if not _has_finite_logits(models.teacher, models.teacher_head, example, self.device, self.use_bfloat16)
+            ]  # fmt: skip
+            if faulty:
+                return (
+                    f"The teacher's logits are not numbers on the prompts {', '.join(faulty)}; choose another teacher or dtype."
+                )
+        return f"Lower lr ({stage.lr}) or look at these prompts: {names}"
 
     def _save(self, stage: int, step: int, optimizer: torch.optim.Optimizer) -> None:
         state = self.checkpoint_state | {
@@ -252,6 +267,15 @@ def _micro_step(
     )  # fmt: skip
     result.loss.backward()  # type: ignore[no-untyped-call]
     return torch.stack([result.loss.detach(), result.divergence, result.cross_entropy])
+
+
+def _has_finite_logits(model: Any, head: OutputHead, example: Example, device: str, use_bfloat16: bool) -> bool:
+    with torch.inference_mode(), forward_precision(torch.device(device).type, use_bfloat16):
+        for part in micro_batches([example], layout="plain", max_tokens=MEASURED_TOKENS, pad_id=0):
+            for hidden_CH in hidden_states(model, part.to(device)).split(CHUNK_TOKENS):
+                if not bool(head.logits(hidden_CH).isfinite().all()):
+                    return False
+    return True
 
 
 def mean_cross_entropy(models: ModelPair, examples: Sequence[Example], pad_id: int) -> float:

@@ -33,7 +33,7 @@ from distill_pipeline.signals.files import Wanted
 from distill_pipeline.signals.spec import SignalsSpec
 from distill_pipeline.signals.table import SignalSource, StoredSignals, open_signals
 from distill_pipeline.training.batches import Example, ExampleSet, encode_examples, epoch_order
-from distill_pipeline.training.checkpoints import Checkpoint, latest_checkpoint, remove_checkpoints
+from distill_pipeline.training.checkpoints import Checkpoint, latest_checkpoint, remove_checkpoints, written_or_removed
 from distill_pipeline.training.layout import choose_layout
 from distill_pipeline.training.loop import ModelPair, TrainingRun, mean_cross_entropy
 from distill_pipeline.training.rollouts import StudentSampler, length_limit, rollout_facts
@@ -97,7 +97,7 @@ def train_student(
         checkpoint_seconds: at least so long between two checkpoints.
         signals, signal_sources: how teacher signals were captured and where they are, for stages that do not read them online.
     Raises:
-        TrainingError: nothing to train on, an architecture this cannot train, or a loss that is not a number.
+        TrainingError: nothing to train on, an architecture this cannot train, a loss that is not a number, or a full disk.
         VocabularyMismatchError: a stage needs the teacher, and the models' token ids mean different things.
         ConfigError: rollouts do not fit the models' contexts.
         SignalMismatchError: teacher signals are missing, or belong to other tokens, settings or another teacher.
@@ -143,7 +143,8 @@ def train_student(
     hash_after = parameters_sha256(pair.teacher) if pair.teacher is not None else None
     if hash_before != hash_after:
         raise TrainingError(f"the teacher {teacher.reference} changed while the student trained: {hash_before} to {hash_after}")
-    _write_student(pair.student, text.renderer.tokenizer, run.curve, out_dir)
+    with written_or_removed(out_dir, "the student", checkpoint_dir):
+        _write_student(pair.student, text.renderer.tokenizer, run.curve, out_dir)
     remove_checkpoints(checkpoint_dir)
     shutil.rmtree(work_dir / "signals", ignore_errors=True)
     facts = initial.facts | _run_facts(run) | {

@@ -146,6 +146,14 @@ def test_whatever_else_happens_to_the_logits_is_refused(kind: Any) -> None:
         output_head(gpt2(kind))
 
 
+def test_weights_that_are_not_numbers_are_named_as_such() -> None:
+    model = gpt2()
+    with torch.no_grad():
+        model.transformer.ln_f.weight[3] = torch.nan
+    with pytest.raises(TrainingError, match="the logits of GPT2LMHeadModel are not numbers on the tokens 2 to 9"):
+        output_head(model)
+
+
 def test_a_model_without_a_head_is_refused() -> None:
     with pytest.raises(TrainingError, match="GPT2Model has no output embedding"):
         output_head(gpt2().base_model)
