@@ -126,7 +126,7 @@ def _own_logits(model: Any, matrix: Any, probe: Tensor, gain: float) -> Tensor |
 
     def enlarge(_module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         nonlocal called
-        if not args[0].is_floating_point():  # the embedding itself, which reads ids
+        if not (args and args[0].is_floating_point()):  # the embedding itself, which reads ids
             return args
         called = True
         return (args[0] * gain, *args[1:])
@@ -140,9 +140,9 @@ def _own_logits(model: Any, matrix: Any, probe: Tensor, gain: float) -> Tensor |
 
 
 def _fits(head: OutputHead, hidden_PH: Tensor, gain: float, own_PV: Tensor) -> bool:
-    """Whether a head gives the model's own logits; what follows a product in a short dtype is rounded more often there."""
+    """Whether a head gives the model's own logits; a short dtype rounds the product there, and each step after it."""
     ours_PV = head.logits(hidden_PH * gain).float()
-    tolerance = PROBE_TOLERANCE if head.is_plain else max(PROBE_TOLERANCE, 4 * torch.finfo(own_PV.dtype).eps)
+    tolerance = max(PROBE_TOLERANCE, (1 if head.is_plain else 4) * torch.finfo(own_PV.dtype).eps)
     own_PV = own_PV.float()
     return ours_PV.shape == own_PV.shape and torch.allclose(
         own_PV, ours_PV, rtol=tolerance, atol=tolerance * float(own_PV.abs().max())

@@ -20,15 +20,15 @@ import torch
 from torch import Tensor
 
 from distill_pipeline.errors import TrainingError
-from distill_pipeline.models.forward import evaluating
 from distill_pipeline.models.output_head import OutputHead
 from distill_pipeline.outcome import Progress
 from distill_pipeline.signals.table import StoredSignals
 from distill_pipeline.training.apart import TeacherReading, read_apart
 from distill_pipeline.training.batches import Example, ExampleSet, Layout, MicroBatch, epoch_order, micro_batches
 from distill_pipeline.training.checkpoints import Checkpoint, save_checkpoint
-from distill_pipeline.training.head import CHUNK_TOKENS, POLICY_GRADIENT, head_loss
+from distill_pipeline.training.head import POLICY_GRADIENT, head_loss
 from distill_pipeline.training.layout import forward_precision, hidden_states
+from distill_pipeline.training.measuring import prompts_without_numbers
 from distill_pipeline.training.position import StagePosition
 from distill_pipeline.training.rollouts import StudentSampler, answers_itself, rollouts_text
 from distill_pipeline.training.spec import TrainStageSpec
@@ -38,8 +38,6 @@ CHECKPOINT_SHARE = 0.05
 """Most of the training time that checkpoints may take: a slow disk makes them rarer."""
 
 ADAM_BETAS = (0.9, 0.95)
-MEASURED_TOKENS = 1024
-"""Tokens of a forward pass that only measures."""
 
 
 @dataclass(frozen=True)
@@ -172,8 +170,7 @@ class TrainingRun:
         )  # fmt: skip
         norm = float(torch.nn.utils.clip_grad_norm_(student.parameters(), stage.clip_norm or math.inf))
         if not (math.isfinite(result.loss) and math.isfinite(norm)):
-            read = batch if own is None else own
-            cause = self._cause(stage, read, ", ".join(example.prompt_id for example in batch))
+            cause = self._cause(stage, batch if own is None else own)
             raise TrainingError(
                 f"stage {index + 1} ({stage.method}), after {position}: the loss is {result.loss} and the gradient "
                 f"norm {norm}. The weights were not changed. {cause}"
@@ -187,19 +184,14 @@ class TrainingRun:
             "tokens": self.trained_tokens, **(rolled.row() if rolled is not None else {}),
         })  # fmt: skip
 
-    def _cause(self, stage: TrainStageSpec, read: Sequence[Example], names: str) -> str:
+    def _cause(self, stage: TrainStageSpec, read: Sequence[Example]) -> str:
         """Where a loss that is not a number comes from: the teacher's logits, if they are none, else perhaps the step."""
-        models = self.models
-        if stage.needs_teacher and models.teacher is not None and models.teacher_head is not None:
-            faulty = [
-                example.prompt_id for example in read
-                if not _has_finite_logits(models.teacher, models.teacher_head, example, self.device, self.use_bfloat16)
-            ]  # fmt: skip
+        models, names = self.models, [example.prompt_id for example in read]
+        if stage.needs_teacher and models.teacher_head is not None:
+            faulty = prompts_without_numbers(models.teacher, models.teacher_head, read, use_bfloat16=self.use_bfloat16)
             if faulty:
-                return (
-                    f"The teacher's logits are not numbers on the prompts {', '.join(faulty)}; choose another teacher or dtype."
-                )
-        return f"Lower lr ({stage.lr}) or look at these prompts: {names}"
+                return f"The teacher's logits are not numbers on these prompts: {', '.join(faulty)}. Choose another teacher."
+        return f"Lower lr ({stage.lr}) or look at these prompts: {', '.join(names)}"
 
     def _save(self, stage: int, step: int, optimizer: torch.optim.Optimizer) -> None:
         state = self.checkpoint_state | {
@@ -267,26 +259,6 @@ def _micro_step(
     )  # fmt: skip
     result.loss.backward()  # type: ignore[no-untyped-call]
     return torch.stack([result.loss.detach(), result.divergence, result.cross_entropy])
-
-
-def _has_finite_logits(model: Any, head: OutputHead, example: Example, device: str, use_bfloat16: bool) -> bool:
-    with torch.inference_mode(), forward_precision(torch.device(device).type, use_bfloat16):
-        for part in micro_batches([example], layout="plain", max_tokens=MEASURED_TOKENS, pad_id=0):
-            for hidden_CH in hidden_states(model, part.to(device)).split(CHUNK_TOKENS):
-                if not bool(head.logits(hidden_CH).isfinite().all()):
-                    return False
-    return True
-
-
-def mean_cross_entropy(models: ModelPair, examples: Sequence[Example], pad_id: int) -> float:
-    """The student's -log q of the examples' completion tokens, in nats a token; in float32, and nothing is trained."""
-    num_tokens, total, head = sum(example.num_tokens for example in examples), 0.0, models.student_head.detached()
-    with torch.no_grad(), evaluating(models.student):
-        for part in micro_batches(examples, layout="plain", max_tokens=MEASURED_TOKENS, pad_id=pad_id):
-            part = part.to(str(models.student.device))
-            hidden_PH = hidden_states(models.student, part)
-            total += float(head_loss(hidden_PH, head, part.targets, num_tokens=num_tokens).cross_entropy)
-    return total
 
 
 def make_optimizer(student: Any, stage: TrainStageSpec) -> torch.optim.Optimizer:

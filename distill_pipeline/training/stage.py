@@ -35,7 +35,8 @@ from distill_pipeline.signals.table import SignalSource, StoredSignals, open_sig
 from distill_pipeline.training.batches import Example, ExampleSet, encode_examples, epoch_order
 from distill_pipeline.training.checkpoints import Checkpoint, latest_checkpoint, remove_checkpoints, written_or_removed
 from distill_pipeline.training.layout import choose_layout
-from distill_pipeline.training.loop import ModelPair, TrainingRun, mean_cross_entropy
+from distill_pipeline.training.loop import ModelPair, TrainingRun
+from distill_pipeline.training.measuring import mean_cross_entropy
 from distill_pipeline.training.rollouts import StudentSampler, length_limit, rollout_facts
 from distill_pipeline.training.spec import ALGORITHM, StudentSpec
 from distill_pipeline.training.student import InitialStudent, initial_student
@@ -129,7 +130,7 @@ def train_student(
     pair = _pair(initial.model, teacher if student.needs_teacher else None, text, device, use_bfloat16, stored)
     if resume is None:
         initial.facts["untrained_loss"] = round(
-            mean_cross_entropy(pair, _calibration(text, seed), text.renderer.end_token_id), 6
+            mean_cross_entropy(pair.student, pair.student_head, _calibration(text, seed), pad_id=text.renderer.end_token_id), 6
         )
     models = [model for model in (pair.student, pair.teacher) if model is not None]
     sampler, longest = _sampler(student, models, text, seed, use_bfloat16)
@@ -238,7 +239,7 @@ def _pair(
 ) -> ModelPair:
     """Student and teacher in memory, with their heads, or what was stored of the teacher."""
     head, frozen, teacher_head = output_head(model), None, None
-    own = text.own_renderer if text.owner == "student" else None
+    own = text.own_renderer if text.owner == "student" else None  # the teacher's, where it is another than the student's
     width = len(head)
     if teacher is not None:
         frozen = load_model(teacher.path, device=device, dtype="bfloat16" if use_bfloat16 else "float32")

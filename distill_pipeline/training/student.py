@@ -139,8 +139,8 @@ def _layer_states(model: Any, calibration: Sequence[Sequence[int]]) -> Iterator[
 
     def note(index: int) -> Any:
         def hook(_module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any], output: Any) -> None:
-            entering[index] = (args[0] if args else kwargs["hidden_states"]).float()
-            leaving[index] = (output[0] if isinstance(output, tuple) else output).float()
+            entering[index] = (args[0] if args else kwargs["hidden_states"]).float().clone()
+            leaving[index] = (output[0] if isinstance(output, tuple) else output).float().clone()
 
         return hook
 

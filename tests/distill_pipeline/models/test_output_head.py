@@ -111,6 +111,13 @@ def by_hand(student: Any, teacher: Any, prompt: tuple[int, ...], completion: tup
     return 0.6 * kl + 0.4 * F.cross_entropy(logits, torch.tensor(completion), reduction="sum")
 
 
+@pytest.mark.parametrize("kind", KNOWN)
+def test_a_head_in_bfloat16_is_the_same_head(kind: str) -> None:
+    build, (has_bias, scale, cap) = KNOWN[kind]
+    head = output_head(build().bfloat16())
+    assert (head.bias_V is not None, head.scale, head.cap) == (has_bias, scale, cap)
+
+
 def test_a_cap_is_seen_although_the_models_logits_are_small() -> None:
     model = gemma2(30.0)
     with torch.no_grad():

@@ -19,7 +19,7 @@ from distill_pipeline.hashing import file_sha256
 from distill_pipeline.models.load import load_model, load_tokenizer
 from distill_pipeline.models.resolve import ModelFolder
 from distill_pipeline.outcome import Outcome
-from distill_pipeline.training import apart, loop, stage
+from distill_pipeline.training import apart, loop, measuring, stage
 from distill_pipeline.training.batches import epoch_order
 from distill_pipeline.training.position import StagePosition, learning_rate, stage_steps
 from distill_pipeline.training.spec import StudentSpec, TrainStageSpec
@@ -304,12 +304,12 @@ def test_a_teacher_whose_logits_are_no_numbers_names_the_prompts_and_the_checkpo
 
     with monkeypatch.context() as patch:
         patch.setattr(stage, "_pair", lambda *args: pairs.append(original_pair(*args)) or pairs[-1])
-        for module in (loop, apart):
+        for module in (loop, apart, measuring):
             patch.setattr(module, "hidden_states", poisoned)
         patch.setattr(loop, "CHECKPOINT_SHARE", float("inf"))
         with pytest.raises(
             TrainingError,
-            match=rf"after step 1 of 6: the loss is nan .*teacher's logits are not numbers on the prompts {victim};",
+            match=rf"after step 1 of 6: the loss is nan .*teacher's logits are not numbers on these prompts: {victim}\.",
         ):
             train(make_student(method), checkpoint_seconds=0.0)
     assert not (tmp_path / "run" / "out").exists()
