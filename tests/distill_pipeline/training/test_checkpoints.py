@@ -120,7 +120,7 @@ def test_a_full_disk_is_a_clear_error_and_the_last_good_checkpoints_survive(tmp_
         pytest.skip(f"no small disk can be mounted here: {done.stderr.strip()}")
     error, left, at = done.stdout.splitlines()
     assert re.match(
-        r"ERROR the checkpoint of step 3 could not be written to disk: .*[Nn]o space left.* [\d,]+ bytes are free", error
+        r"ERROR the checkpoint of step 3 could not be written to disk: .*[Nn]o space left.* \([\d,]+ bytes are free\)", error
     )
     assert "goes on from disk/step-00000002 when it is started again. Make room first" in error
     assert left == "LEFT ['step-00000001', 'step-00000002']"
