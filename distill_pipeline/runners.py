@@ -12,9 +12,7 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from distill_pipeline.generation.spec import TeacherSpec
 from distill_pipeline.hashing import version_of
-from distill_pipeline.licenses import check_license
 from distill_pipeline.nodes import Stage
 from distill_pipeline.outcome import Outcome
 from distill_pipeline.storage.artifacts import Artifact
@@ -49,20 +47,15 @@ def _filter_externals(work: Work) -> dict[str, str]:
     return found
 
 
-def _licensed_teacher(work: Work) -> TeacherSpec:
-    """The node's teacher. Raises what :func:`check_license` raises."""
-    teacher = work.experiment.teachers[work.teacher_name]
-    check_license(work.teacher_name, teacher.license, teacher.accept)
-    return teacher
-
-
 def _teacher_externals(work: Work) -> dict[str, str]:
-    teacher = _licensed_teacher(work)
+    work.teacher_terms(work.teacher_name)
+    teacher = work.experiment.teachers[work.teacher_name]
     return {f"model:{teacher.weights or teacher.model}": work.teacher_model().identity}
 
 
 def _outputs_externals(work: Work) -> dict[str, str]:
-    teacher = _licensed_teacher(work)
+    work.teacher_terms(work.teacher_name)
+    teacher = work.experiment.teachers[work.teacher_name]
     return {f"model:{teacher.model}": work.answering_model(work.teacher_name).identity}
 
 
@@ -114,7 +107,7 @@ def _run_teacher_outputs(work: Work, out_dir: Path, input_key: str) -> Outcome:
     from distill_pipeline.generation.stage import generate_outputs
 
     name = work.teacher_name
-    teacher = work.experiment.teachers[name]
+    teacher, terms = work.experiment.teachers[name], work.teacher_terms(name)
     model = work.answering_model(name)
     outcome = generate_outputs(
         work.input("prompt_pool").batches(), out_dir, teacher_name=name, teacher=teacher, model=model,
@@ -122,7 +115,6 @@ def _run_teacher_outputs(work: Work, out_dir: Path, input_key: str) -> Outcome:
         progress=work.progress,
     )  # fmt: skip
     identity = {"name": name, "model": teacher.model, "revision": model.revision, "identity": model.identity}
-    terms = check_license(name, teacher.license, teacher.accept)
     how = {"engine": teacher.engine, "trust_remote_code": teacher.trust_remote_code}
     return Outcome(outcome.counts, outcome.facts | {"teacher": identity | terms | how}, outcome.failed_gate)
 
