@@ -112,7 +112,7 @@ def _training_section(
     init: Mapping[str, Any], base: "ModelFolder | None", stages: Sequence[Mapping[str, Any]], counts: Mapping[str, int],
     facts: Mapping[str, Any], seed: int,
 ) -> str:  # fmt: skip
-    told = [
+    told: list[list[Any]] = [
         ["began with", "random weights" if base is None else base.reference],
         ["init", given(init)],
         ["steps", counts["steps"]],

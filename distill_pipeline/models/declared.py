@@ -36,7 +36,7 @@ def hub_license(reference: str, revision: str | None) -> DeclaredLicense:
 
     try:
         info = HfApi(endpoint=constants.ENDPOINT).model_info(reference, revision=revision, timeout=_SECONDS)
-        data = {} if info.card_data is None else info.card_data.to_dict()
+        data = {name: getattr(info.card_data, name, None) for name in ("license", "license_name")}
         return DeclaredLicense(_key_of(data), f"the Hub's model info of {reference}")
     except (HTTPError, OSError) as err:
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"the Hub gave no model info ({type(err).__name__})"
