@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
@@ -20,6 +20,7 @@ from distill_pipeline.storage.artifacts import Artifact
 from distill_pipeline.work import Work, evaluation_documents_of, protected_documents, protected_index
 
 if TYPE_CHECKING:
+    from distill_pipeline.models.resolve import ModelFolder
     from distill_pipeline.signals.table import SignalSource
 
 UNHASHED_FILES = frozenset({"report.html", "report.json", "comparison.html", "comparison.json", "leaderboard.json", CARD})
@@ -136,7 +137,6 @@ def _run_scored_outputs(work: Work, out_dir: Path, input_key: str) -> Outcome:
 
 def _run_filtered_set(work: Work, out_dir: Path, input_key: str) -> Outcome:
     from distill_pipeline.alignment import CHUNK_ROWS
-    from distill_pipeline.cards.data_card import write_data_card
     from distill_pipeline.filtering.lengths import ModelTokenCounter
     from distill_pipeline.filtering.stage import filter_outputs
 
@@ -149,12 +149,19 @@ def _run_filtered_set(work: Work, out_dir: Path, input_key: str) -> Outcome:
         counters={reference: ModelTokenCounter(work.model(reference).path) for reference in rule.tokenizers()},
         compute=work.experiment.compute,
     )  # fmt: skip
+    return Outcome(outcome.counts, _told_of_set(work, out_dir, outcome.counts, outcome.facts), outcome.failed_gate)
+
+
+def _told_of_set(work: Work, out_dir: Path, counts: Mapping[str, int], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """A filtered set's facts with its teacher's; writes its card."""
+    from distill_pipeline.cards.data_card import write_data_card
+
     teacher = work.input("teacher_outputs").manifest.facts["teacher"]
     write_data_card(
         out_dir, experiment=work.experiment.name, name=work.node.name.removeprefix("filtered_set/"), teacher=teacher,
-        rules=work.node.spec["filter"], pool_spec=work.input("prompt_pool").manifest.made.spec, counts=outcome.counts,
+        rules=work.node.spec["filter"], pool_spec=work.input("prompt_pool").manifest.made.spec, counts=counts,
     )  # fmt: skip
-    return Outcome(outcome.counts, outcome.facts | {"teacher": teacher}, outcome.failed_gate)
+    return {**facts, "teacher": teacher}
 
 
 def _run_teacher_signals(work: Work, out_dir: Path, input_key: str) -> Outcome:
@@ -172,28 +179,64 @@ def _run_teacher_signals(work: Work, out_dir: Path, input_key: str) -> Outcome:
 
 
 def _run_student_checkpoint(work: Work, out_dir: Path, input_key: str) -> Outcome:
-    from distill_pipeline.cards.model_card import student_name, write_model_card
     from distill_pipeline.training.stage import train_student
 
     assert work.node.student is not None
     recipe = work.experiment.students[work.node.student]
     teacher = work.experiment.teachers[work.teacher_name]
-    frozen, init_model = work.teacher_model(), work.model(recipe.init.model) if recipe.init.model else None
-    sets = [artifact for name, artifact in work.inputs.items() if name.startswith("filtered_set/")]
+    sets = _sets(work)
     outcome = train_student(
         _training_rows(sets), out_dir, work.store.work_dir(work.node.name, input_key), student=recipe,
-        teacher=frozen, init_model=init_model, system=teacher.system, device=work.student_device, seed=work.experiment.seed,
-        progress=work.progress, signals=work.experiment.signals, signal_sources=_signal_sources(work, sets),
+        teacher=work.teacher_model(), init_model=_init_model(work), system=teacher.system, device=work.student_device,
+        seed=work.experiment.seed, progress=work.progress, signals=work.experiment.signals,
+        signal_sources=_signal_sources(work, sets),
     )  # fmt: skip
+    return Outcome(outcome.counts, _told_of_student(work, out_dir, outcome.counts, outcome.facts), outcome.failed_gate)
+
+
+def _told_of_student(work: Work, out_dir: Path, counts: Mapping[str, int], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """A student's facts with those of its teachers and its name; writes its card."""
+    from distill_pipeline.cards.model_card import student_name, write_model_card
+
+    assert work.node.student is not None
+    experiment, student, sets = work.experiment.name, work.node.student, _sets(work)
+    init = work.experiment.students[student].init
     teachers = list({facts["name"]: facts for facts in (data.manifest.facts["teacher"] for data in sets)}.values())
-    experiment, student = work.experiment.name, work.node.student
     write_model_card(
-        out_dir, experiment=experiment, student=student, init=recipe.init.document(), teachers=teachers, sets=sets,
-        base=init_model or (frozen if recipe.init.prune else None), counts=outcome.counts, facts=outcome.facts,
+        out_dir, experiment=experiment, student=student, init=init.document(), teachers=teachers, sets=sets,
+        base=_init_model(work) or (work.teacher_model() if init.prune else None), counts=counts, facts=facts,
         seed=work.experiment.seed,
     )  # fmt: skip
-    named = {"teachers": teachers, "published_name": student_name(experiment, student, teachers)}
-    return Outcome(outcome.counts, outcome.facts | named, outcome.failed_gate)
+    return {**facts, "teachers": teachers, "published_name": student_name(experiment, student, teachers)}
+
+
+def _sets(work: Work) -> list[Artifact]:
+    """The filtered sets that a student is trained on."""
+    return [artifact for name, artifact in work.inputs.items() if name.startswith("filtered_set/")]
+
+
+def _init_model(work: Work) -> "ModelFolder | None":
+    """The model whose weights a student begins with, where it is not its teacher."""
+    reference = work.experiment.students[str(work.node.student)].init.model
+    return work.model(reference) if reference else None
+
+
+_TOLD: Mapping[Stage, Callable[[Work, Path, Mapping[str, int], Mapping[str, Any]], dict[str, Any]]] = {
+    "filtered_set": _told_of_set, "student_checkpoint": _told_of_student,
+}  # fmt: skip
+
+
+def told_anew(work: Work, found: Artifact) -> Artifact:
+    """A stored artifact, with card and facts renewed where its teachers' terms have changed since; its content stays."""
+    tell = _TOLD.get(work.node.stage)
+    if tell is None:
+        return found
+    with work.store.draft() as folder:
+        facts = tell(work, folder, found.manifest.counts, found.manifest.facts)
+        has_card = any(entry.path == CARD for entry in found.manifest.files)
+        if has_card and facts == found.manifest.facts:
+            return found
+        return work.store.retell(found, folder, facts, inputs=work.inputs.values())
 
 
 def _signal_sources(work: Work, sets: Iterable[Artifact]) -> "list[SignalSource]":
