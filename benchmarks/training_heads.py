@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from distill_pipeline.models.output_head import OutputHead
 from distill_pipeline.sparse_losses import sampled_targets, topk_targets
 from distill_pipeline.training.head import Targets, head_loss
 
@@ -44,8 +45,8 @@ def variant_step(variant: str, tokens: int, chunk_tokens: int) -> Callable[[], o
     targets = simple_targets(labels_N)
 
     def chunked(ce_weight: float, with_teacher: bool = True) -> None:
-        teacher = {"teacher_hidden_PH": teacher_PH, "teacher_weight_VH": teacher_VH} if with_teacher else {}
-        head_loss(hidden_PH, weight_VH, targets, num_tokens=tokens, ce_weight=ce_weight, chunk_tokens=chunk_tokens,
+        teacher = {"teacher_hidden_PH": teacher_PH, "teacher_head": OutputHead(teacher_VH)} if with_teacher else {}
+        head_loss(hidden_PH, OutputHead(weight_VH), targets, num_tokens=tokens, ce_weight=ce_weight, chunk_tokens=chunk_tokens,
                   **teacher).loss.backward()  # fmt: skip
 
     stored = {
@@ -58,7 +59,7 @@ def variant_step(variant: str, tokens: int, chunk_tokens: int) -> Callable[[], o
     }
 
     def sparse() -> None:
-        head_loss(hidden_PH, weight_VH, replace(targets, sparse=stored[variant]), num_tokens=tokens, ce_weight=0.0,
+        head_loss(hidden_PH, OutputHead(weight_VH), replace(targets, sparse=stored[variant]), num_tokens=tokens, ce_weight=0.0,
                   chunk_tokens=chunk_tokens).loss.backward()  # fmt: skip
 
     def naive() -> None:
