@@ -109,16 +109,21 @@ def _run_teacher_outputs(work: Work, out_dir: Path, input_key: str) -> Outcome:
     from distill_pipeline.generation.stage import generate_outputs
 
     name = work.teacher_name
-    teacher, terms = work.experiment.teachers[name], work.teacher_terms(name)
-    model = work.answering_model(name)
     outcome = generate_outputs(
-        work.input("prompt_pool").batches(), out_dir, teacher_name=name, teacher=teacher, model=model,
-        generations_dir=work.store.local_folder("generations"), device=work.teacher_device, seed=work.experiment.seed,
-        progress=work.progress, compute=work.experiment.compute,
+        work.input("prompt_pool").batches(), out_dir, teacher_name=name, teacher=work.experiment.teachers[name],
+        model=work.answering_model(name), generations_dir=work.store.local_folder("generations"), device=work.teacher_device,
+        seed=work.experiment.seed, progress=work.progress, compute=work.experiment.compute,
     )  # fmt: skip
+    return Outcome(outcome.counts, _told_of_outputs(work, out_dir, outcome.counts, outcome.facts), outcome.failed_gate)
+
+
+def _told_of_outputs(work: Work, out_dir: Path, counts: Mapping[str, int], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts of a teacher's outputs with who it is and its terms."""
+    name = work.teacher_name
+    teacher, model = work.experiment.teachers[name], work.answering_model(name)
     identity = {"name": name, "model": teacher.model, "revision": model.revision, "identity": model.identity}
     how = {"engine": teacher.engine, "trust_remote_code": teacher.trust_remote_code}
-    return Outcome(outcome.counts, outcome.facts | {"teacher": identity | terms | how}, outcome.failed_gate)
+    return {**facts, "teacher": identity | work.teacher_terms(name) | how}
 
 
 def _run_scored_outputs(work: Work, out_dir: Path, input_key: str) -> Outcome:
@@ -222,7 +227,7 @@ def _init_model(work: Work) -> "ModelFolder | None":
 
 
 _TOLD: Mapping[Stage, Callable[[Work, Path, Mapping[str, int], Mapping[str, Any]], dict[str, Any]]] = {
-    "filtered_set": _told_of_set, "student_checkpoint": _told_of_student,
+    "teacher_outputs": _told_of_outputs, "filtered_set": _told_of_set, "student_checkpoint": _told_of_student,
 }  # fmt: skip
 
 
@@ -233,7 +238,7 @@ def told_anew(work: Work, found: Artifact) -> Artifact:
         return found
     with work.store.draft() as folder:
         facts = tell(work, folder, found.manifest.counts, found.manifest.facts)
-        has_card = any(entry.path == CARD for entry in found.manifest.files)
+        has_card = {entry.name for entry in folder.iterdir()} <= {entry.path for entry in found.manifest.files}
         if has_card and facts == found.manifest.facts:
             return found
         return work.store.retell(found, folder, facts, inputs=work.inputs.values())
