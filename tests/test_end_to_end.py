@@ -269,7 +269,7 @@ def test_every_ancestor_of_a_student_is_in_its_own_folder(world: World) -> None:
         assert lines[place + 1].strip() == ", ".join(
             f"{key} {count:,}" for key, count in artifact.manifest.counts.items() if count
         )
-    assert "(mit: free)" in text
+    assert "(mit: allowed)" in text
     part = next((world.root / "teacher_outputs" / "small").glob("*/part-*.parquet"))
     part.write_bytes(part.read_bytes()[:-1] + b"x")
     broken = trace(open_folder(world.root / "student_checkpoint" / "kl"))
