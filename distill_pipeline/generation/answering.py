@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from distill_pipeline.errors import GenerationError, IntegrityError
 from distill_pipeline.generation.budget import Spending
 from distill_pipeline.generation.protocol import Asked, Completion, Engine
-from distill_pipeline.generation.reasoning import split_reasoning
+from distill_pipeline.reasoning import split_reasoning
 from distill_pipeline.generation.requests import request_key
 from distill_pipeline.generation.store import GenerationStore
 from distill_pipeline.hashing import sha256_of

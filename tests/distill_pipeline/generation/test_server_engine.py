@@ -421,6 +421,10 @@ def scripted(message: dict[str, Any], reason: str | None = "stop", **more: Any) 
         ({"content": "2 and 2</think>4"}, "stop", "2 and 2", "4"),
         ({"content": "4", "reasoning_content": "a </think> b"}, "stop", "a  b", "4"),
         ({"content": None, "reasoning_content": "2 and"}, "length", "2 and", ""),
+        ({"content": "<think>2 and 2</think>4", "reasoning_content": "2 and 2"}, "stop", "2 and 2", "4"),
+        ({"content": [{"type": "thinking", "thinking": [{"type": "text", "text": "2 and 2"}]},
+                      {"type": "text", "text": "4"}]}, "stop", "2 and 2", "4"),
+        ({"content": [{"type": "text", "text": "4"}], "reasoning": [{"text": "2 and "}, {"text": "2"}]}, "stop", "2 and 2", "4"),
         ({"content": "4", "reasoning_content": None}, "stop", None, "4"),
     ],
 )  # fmt: skip
