@@ -18,11 +18,16 @@ import torch
 from distill_pipeline.errors import ConfigError
 from distill_pipeline.evaluation.divergence import held_out_divergence
 from distill_pipeline.evaluation.tasks import hints_off, open_tasks
+from distill_pipeline.hashing import sha256_of
 from distill_pipeline.outcome import Progress
 from distill_pipeline.rendering import ChatRenderer
+from distill_pipeline.system_prompts import with_system
 
 SEED = 1234
 """Of few-shot examples and sampled answers: lm-eval's own default, so that numbers compare with published ones."""
+
+
+_BY_TASK = ("tasks", "primary", "subtasks")
 
 
 def evaluate_model(
@@ -81,6 +86,27 @@ def evaluate_model(
         "limit": limit,
         "lm_eval_version": lm_eval.__version__,
     }
+
+
+def evaluate_by_system(model: Any, tokenizer: Any, *, systems: Mapping[str, str | None], **options: Any) -> dict[str, Any]:
+    """As :func:`evaluate_model`, each task under its own system prompt; where there are several, ``messages`` begin with them.
+
+    Args:
+        systems: the system prompt of each task, in the order of the tasks.
+        options: the other keywords of :func:`evaluate_model`.
+    """
+    groups: dict[str | None, list[str]] = {}
+    for task, system in systems.items():
+        groups.setdefault(system, []).append(task)
+    parts = [evaluate_model(model, tokenizer, tasks=tasks, system=system, **options) for system, tasks in groups.items()]
+    if len(parts) == 1:
+        return parts[0]
+    for system, part in zip(groups, parts, strict=True):
+        for sample in part["samples"]:
+            sample["messages"] = sample["messages"] and with_system(sample["messages"], system)
+    joined = {name: {key: value for part in parts for key, value in part[name].items()} for name in _BY_TASK}
+    listed = {name: [item for part in parts for item in part[name]] for name in ("requested", "samples")}
+    return parts[0] | joined | listed | {"renderer": sha256_of([part["renderer"] for part in parts])}
 
 
 def _refuse_unsafe(tasks: Mapping[str, Any]) -> None:
@@ -209,4 +235,4 @@ def _leaves(name: str, groups: Mapping[str, Sequence[str]]) -> list[str]:
     return [leaf for child in groups[name] for leaf in _leaves(child, groups)] if name in groups else [name]
 
 
-__all__ = ["evaluate_model", "held_out_divergence"]
+__all__ = ["evaluate_by_system", "evaluate_model", "held_out_divergence"]

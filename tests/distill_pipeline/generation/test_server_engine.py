@@ -424,7 +424,7 @@ def scripted(message: dict[str, Any], reason: str | None = "stop", **more: Any) 
         ({"content": "<think>2 and 2</think>4", "reasoning_content": "2 and 2"}, "stop", "2 and 2", "4"),
         ({"content": [{"type": "thinking", "thinking": [{"type": "text", "text": "2 and 2"}]},
                       {"type": "text", "text": "4"}]}, "stop", "2 and 2", "4"),
-        ({"content": [{"type": "text", "text": "4"}], "reasoning": [{"text": "2 and "}, {"text": "2"}]}, "stop", "2 and 2", "4"),
+        ({"content": [{"text": "4"}], "reasoning": [{"text": "2 and "}, {"text": "2"}]}, "stop", "2 and 2", "4"),
         ({"content": "4", "reasoning_content": None}, "stop", None, "4"),
     ],
 )  # fmt: skip
