@@ -264,8 +264,8 @@ def _online_faults(document: Mapping[str, Any]) -> Iterator[str]:
             if method == "on_policy" or (method == "logit_kd" and signal == "online"):
                 yield (
                     f"students.{student}.stages.{index}: {method} has one teacher read along, and the rows are of several "
-                    f"models ({', '.join(names)}). Use logit_kd with signal: topk or sampled, where each row has its own teacher's "
-                    "distribution, or sft"
+                    f"models ({', '.join(names)}). Use logit_kd with signal: topk or sampled, where each row has its own "
+                    "teacher's distribution, or sft"
                 )
 
 

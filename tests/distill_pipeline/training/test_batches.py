@@ -31,6 +31,7 @@ EXAMPLE = st.builds(
     st.uuids().map(str),
     st.lists(TOKENS, min_size=1, max_size=9).map(tuple),
     st.lists(COMPLETION, min_size=1, max_size=5).map(tuple),
+    weight=st.sampled_from([1.0, 1.0, 0.25, 3.0]),
 )
 EXAMPLES = st.lists(EXAMPLE, min_size=1, max_size=5)
 STAGE = TrainStageSpec(method="logit_kd", ce_weight=0.4, kd_temperature=2.0)
@@ -64,7 +65,8 @@ def by_hand(models: ModelPair, examples: list[Example]) -> tuple[float, list[tor
             with torch.no_grad():
                 teacher = models.teacher(input_ids=ids).logits[0, where]
             kl = F.kl_div((logits / 2).log_softmax(-1), (teacher / 2).log_softmax(-1), log_target=True, reduction="sum") * 4
-            losses.append(0.6 * kl + 0.4 * F.cross_entropy(logits, torch.tensor(completion), reduction="sum"))
+            ce = F.cross_entropy(logits, torch.tensor(completion), reduction="sum")
+            losses.append(example.weight * (0.6 * kl + 0.4 * ce))
     loss = torch.stack(losses).sum() / total
     loss.backward()
     return loss.item(), [parameter.grad.clone() for parameter in models.student.parameters()]
