@@ -76,7 +76,7 @@ def _answered_examples(renderer: ChatRenderer, samples: Sequence[dict[str, Any]]
     for index, sample in enumerate(samples):
         if sample.get("messages") is None or sample.get("finish_reason") in (None, "error"):
             continue
-        answer = renderer.completion_ids(sample["answer"], finished=sample["finish_reason"] == "stop")
+        answer = renderer.completion_ids(sample.get("raw_text", sample["answer"]), finished=sample["finish_reason"] == "stop")
         if answer:
             examples.append(Example(str(index), tuple(renderer.prompt_ids(sample["messages"])), (tuple(answer),)))
     return examples

@@ -55,7 +55,8 @@ def evaluate_model(
         a task with ``subtasks``; ``primary`` {task: metric}; ``requested``, the tasks and groups that were asked for;
         ``subtasks`` {group: [task]}; ``samples``, one a document: ``task``, ``doc_id``, ``prompt`` (the last user message),
         ``messages`` (null for tasks without a prompt), ``target``, ``answer``, ``finish_reason`` (stop, until, length, error;
-        null where nothing was generated) and ``metrics`` {metric: number}; ``renderer``, ``limit`` and ``lm_eval_version``.
+        null where nothing was generated), ``metrics`` {metric: number} and, where it reasoned, ``raw_text``; ``renderer``,
+        ``limit`` and ``lm_eval_version``.
     Raises:
         ConfigError: a task is unknown, cannot be loaded, or runs model-written code.
     """
@@ -157,10 +158,12 @@ def _sample(task: str, row: Mapping[str, Any]) -> dict[str, Any]:
         answer = choices[int(np.argmax([repeats[0][0] for repeats in row["resps"][: len(choices)]]))]
     else:
         answer = ""
+    raw_text = getattr(first, "raw_text", None)
+    thought = {} if raw_text is None or raw_text == str(first) else {"raw_text": prefix + raw_text}
     return {
         "task": task, "doc_id": row["doc_id"], "prompt": users[-1] if users else str(prompt),
         "messages": [dict(message) for message in messages] if messages else None, "target": _target_text(row),
-        "answer": answer, "finish_reason": finish_reason, "metrics": {},
+        "answer": answer, "finish_reason": finish_reason, "metrics": {}, **thought,
     }  # fmt: skip
 
 
