@@ -257,8 +257,9 @@ def _online_faults(document: Mapping[str, Any]) -> Iterator[str]:
     teachers = _mapping(document.get("teachers"))
     for student, part in _mapping(document.get("students")).items():
         references, stages = _mapping(part).get("data"), _mapping(part).get("stages")
-        names = dict.fromkeys(str(name).split("/")[0] for name in (references if isinstance(references, list) else []))
-        models = {repr(_model_of(_mapping(teachers.get(name)))) for name in names}
+        wanted = dict.fromkeys(str(name).split("/")[0] for name in (references if isinstance(references, list) else []))
+        names = [name for name in wanted if name in teachers]
+        models = {repr(_model_of(_mapping(teachers[name]))) for name in names}
         for index, stage in enumerate(stages if isinstance(stages, list) and len(models) > 1 else []):
             method, signal = _mapping(stage).get("method"), _mapping(stage).get("signal", "online")
             if method == "on_policy" or (method == "logit_kd" and signal == "online"):

@@ -124,9 +124,13 @@ def _cost(work: Work, checkpoint: Artifact, measured: Mapping[str, Artifact]) ->
 
 def _teacher(work: Work) -> Subject:
     folder = work.teacher_model()
-    systems = work.experiment.asked_under(work.experiment.teachers[work.teacher_name].system_prompts)
+    systems = _teacher_systems(work)
     name, inputs = f"model_evaluation/teacher/{work.teacher_name}", {"model:teacher": folder.identity}
     return Subject(name, inputs, _loader(folder.path), systems)
+
+
+def _teacher_systems(work: Work) -> dict[str, str | None]:
+    return work.experiment.asked_under(work.experiment.teachers[work.teacher_name].system_prompts)
 
 
 def _student(work: Work, checkpoint: Artifact) -> Subject:
@@ -174,7 +178,7 @@ def _measured(work: Work, subject: Subject, teacher: Artifact | None) -> Artifac
     """A subject's measurement: found in the store, or made now. ``teacher`` is the teacher's own, None for itself."""
     evaluation = work.experiment.evaluation
     spec = {"evaluation": evaluation.document(), **_told(subject.systems)}
-    if teacher is not None and subject.systems != (asked := _teacher(work).systems):
+    if teacher is not None and subject.systems != (asked := _teacher_systems(work)):
         spec["teacher_told"] = _told(asked)
     inputs = {**subject.inputs, "tasks:documents": version_of(list(evaluation_documents_of(work.experiment)))}
     if teacher is not None:
@@ -221,7 +225,7 @@ def _measure(work: Work, subject: Subject, teacher: Artifact | None) -> tuple[di
     )  # fmt: skip
     if teacher is None:
         return evaluated, None
-    asked = _teacher(work).systems
+    asked = _teacher_systems(work)
     system = _told(asked).get("system")
     samples = _asked_alike(teacher.read_json("evaluation.json"), subject.systems, asked)
     if not samples:
