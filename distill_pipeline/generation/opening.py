@@ -5,36 +5,32 @@ from distill_pipeline.generation.served import ServedModel
 from distill_pipeline.generation.spec import TeacherSpec
 from distill_pipeline.models.resolve import ModelFolder
 from distill_pipeline.outcome import Progress, silent
-from distill_pipeline.system_prompts import SystemPrompts
 
 TeacherModel = ModelFolder | ServedModel
 """Where a teacher is: a folder on this machine, or a server."""
 
 
 def open_engine(
-    name: str, teacher: TeacherSpec, model: TeacherModel, *, device: str, seed: int, progress: Progress = silent,
-    prompts: SystemPrompts | None = None,
-) -> Engine:  # fmt: skip
-    """The engine of a teacher.
+    name: str, teacher: TeacherSpec, model: TeacherModel, *, device: str, seed: int, progress: Progress = silent
+) -> Engine:
+    """The engine of a teacher. Where its system prompts differ by domain, conversations must carry theirs.
 
     Args:
         name: what messages call it.
         device: a torch device or ``auto``; a served model has none.
-        prompts: instead of the teacher's own system prompts. Where there are several, conversations must carry theirs.
     """
-    system = (prompts or teacher.system_prompts).shared
     if isinstance(model, ServedModel):
         from distill_pipeline.generation.server.engine import ServerEngine
 
         return ServerEngine(
-            model, name=name, sampling=teacher.sampling, seed=seed, system=system, extra_body=teacher.extra_body,
-            logprobs=teacher.logprobs, progress=progress,
+            model, name=name, sampling=teacher.sampling, seed=seed, system=teacher.system_prompts.shared,
+            extra_body=teacher.extra_body, logprobs=teacher.logprobs, progress=progress,
         )  # fmt: skip
     from distill_pipeline.generation.local import LocalEngine
 
     return LocalEngine(
-        model, sampling=teacher.sampling, seed=seed, device=device, system=system, batch_tokens=teacher.batch_tokens,
-        trust_remote_code=teacher.trust_remote_code,
+        model, sampling=teacher.sampling, seed=seed, device=device, system=teacher.system_prompts.shared,
+        batch_tokens=teacher.batch_tokens, trust_remote_code=teacher.trust_remote_code,
     )  # fmt: skip
 
 

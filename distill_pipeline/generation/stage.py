@@ -25,7 +25,6 @@ from distill_pipeline.generation.store import GenerationStore
 from distill_pipeline.outcome import Outcome, Progress
 from distill_pipeline.reasoning import opening_of
 from distill_pipeline.storage.files import write_whole
-from distill_pipeline.system_prompts import SystemPrompts
 
 
 def generate_outputs(
@@ -105,7 +104,8 @@ def _families(
     def settings_under(system: str | None) -> dict[str, Any]:
         if len(teacher.system_prompts.distinct()) == 1:
             return engine.settings
-        return open_engine("", teacher, model, device=device, seed=seed, prompts=SystemPrompts(system)).settings
+        told = teacher.model_copy(update={"system": system, "systems": {}, "chain_of_thought": False})
+        return open_engine("", told, model, device=device, seed=seed).settings
 
     def open_store(family: str, settings: dict[str, Any]) -> GenerationStore:
         return GenerationStore(generations_dir, family, settings, max_tokens=teacher.sampling.max_tokens, **flush)
