@@ -74,7 +74,7 @@ class Families:
 
     def has(self, keys: Sequence[str]) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """For each key whether a usable answer is on disk."""
-        return np.logical_or.reduce([store.has(keys) for store in self._stores.values()])
+        return np.stack([store.has(keys) for store in self._stores.values()]).any(axis=0)
 
     def read(self, keys: Sequence[str]) -> dict[str, dict[str, Any]]:
         """The usable answers to the given keys that are on disk."""

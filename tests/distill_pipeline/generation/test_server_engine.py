@@ -489,3 +489,9 @@ def test_requests_carry_the_settings_and_the_system_prompt(bench: Bench, server:
         "model": MODEL, "max_completion_tokens": 32, "temperature": 0.7, "top_k": 7, "n": 2, "chat_template_kwargs": {"x": 1},
         "messages": [{"role": "system", "content": "be brief"}, {"role": "user", "content": questions(1)[0]}],
     }  # fmt: skip
+
+
+def test_a_server_is_told_the_system_prompt_of_each_prompts_domain(bench: Bench, server: FakeServer) -> None:
+    bench.run(questions(2), server.url, n=1, system="be brief", systems={"sums": "count", "words": None})
+    assert [body["messages"][0] for body in server.bodies] == [{"role": "system", "content": "count"}] * 2
+    assert all(len(body["messages"]) == 2 for body in server.bodies)

@@ -97,9 +97,9 @@ def test_micro_batches_and_padding_change_nothing(
     )
 
 
-def predictions(batch: MicroBatch) -> dict[tuple[tuple[int, ...], int], int]:
+def predictions(batch: MicroBatch) -> dict[tuple[tuple[int, ...], int], float]:
     """(tokens seen, token predicted) -> weight, read back from the tensors through the mask."""
-    found: dict[tuple[tuple[int, ...], int], int] = {}
+    found: dict[tuple[tuple[int, ...], int], float] = {}
     places, targets = batch.places_P.tolist(), batch.targets
     seen_STT = batch.attention_mask(additive=False)[:, 0] if batch.layout == "shared" else None
     for position, target, weight in zip(
@@ -109,7 +109,7 @@ def predictions(batch: MicroBatch) -> dict[tuple[tuple[int, ...], int], int]:
         ids = batch.token_ids_ST[row]
         prefix = ids[seen_STT[row, column]] if seen_STT is not None else ids[: column + 1]
         key = (tuple(prefix.tolist()), target)
-        found[key] = found.get(key, 0) + int(weight)
+        found[key] = found.get(key, 0.0) + weight
     return found
 
 
@@ -118,16 +118,16 @@ def predictions(batch: MicroBatch) -> dict[tuple[tuple[int, ...], int], int]:
 def test_every_completion_token_counts_once_behind_exactly_its_own_prefix(
     examples: list[Example], layout: Any, max_tokens: int
 ) -> None:
-    expected: dict[tuple[tuple[int, ...], int], int] = {}
+    expected: dict[tuple[tuple[int, ...], int], float] = {}
     for example in examples:
         for completion in example.completions:
             for i, token in enumerate(completion):
                 key = ((*example.prompt, *completion[:i]), token)
-                expected[key] = expected.get(key, 0) + 1
-    found: dict[tuple[tuple[int, ...], int], int] = {}
+                expected[key] = expected.get(key, 0.0) + example.weight
+    found: dict[tuple[tuple[int, ...], int], float] = {}
     for batch in micro_batches(examples, layout=layout, max_tokens=max_tokens, pad_id=END):
         for key, weight in predictions(batch).items():
-            found[key] = found.get(key, 0) + weight
+            found[key] = found.get(key, 0.0) + weight
     assert found == expected
 
 
