@@ -74,7 +74,7 @@ class Families:
 
     def has(self, keys: Sequence[str]) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """For each key whether a usable answer is on disk."""
-        return np.stack([store.has(keys) for store in self._stores.values()]).any(axis=0)
+        return np.asarray(np.any([store.has(keys) for store in self._stores.values()], axis=0), np.bool_)
 
     def read(self, keys: Sequence[str]) -> dict[str, dict[str, Any]]:
         """The usable answers to the given keys that are on disk."""
