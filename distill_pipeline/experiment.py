@@ -107,12 +107,11 @@ class Experiment(Spec):
             ConfigError: no prompt is in a domain that a filter or a teacher has settings for; the message lists all of them.
         """
         known = {ANY_DOMAIN, *found, *(source.domain for source in self.prompt_pool.sources)}
+        parts: dict[str, Iterable[str]] = {f"filters.{name}.domains": rule.domains for name, rule in self.filters.items()}
+        parts |= {f"teachers.{name}.systems": teacher.systems for name, teacher in self.teachers.items()}
         faults = [
             f"{where}.{domain}: no prompt is in this domain"
-            for where, domains in (
-                *((f"filters.{name}.domains", rule.domains) for name, rule in self.filters.items()),
-                *((f"teachers.{name}.systems", teacher.systems) for name, teacher in self.teachers.items()),
-            )
+            for where, domains in parts.items()
             for domain in domains
             if domain not in known
         ]

@@ -96,7 +96,7 @@ def experiment_nodes(experiment: Experiment) -> dict[str, Node]:
             "teacher": "+".join(experiment.teachers_of(student)),
             "filter": "+".join(dict.fromkeys(ref.split("/")[1] for ref in recipe.data)),
             "student": student,
-            "method": "+".join(dict.fromkeys(stage.method for stage in recipe.stages)),
+            "method": recipe.method,
         }
         model = _teacher_model(frozen)
         spec = {"student": recipe.document(), "teacher": model, "seed": experiment.seed}

@@ -218,6 +218,12 @@ class StudentSpec(Spec):
                 )
         return self
 
+    @property
+    def method(self) -> str:
+        """How it is trained, in a word a stage, and what sets it apart from a student of whole traces under system prompts."""
+        marks = [self.target] * (self.target != "trace") + ["untold"] * (self.system == "none")
+        return "+".join(dict.fromkeys([*(stage.method for stage in self.stages), *marks]))
+
     def signal_kinds(self) -> tuple[SignalKind, ...]:
         """The kinds of stored teacher signals that the stages read."""
         return tuple(dict.fromkeys(stage.signal for stage in self.stages if stage.signal != "online"))

@@ -136,8 +136,10 @@ def test_a_student_of_several_teachers_is_told_what_the_first_that_answers_a_dom
     assert (told.of("math"), told.of("elementary")) == ("count", "You give short, correct answers.")
     student["data"] = ["smollm2/verified", "other/verified"]
     assert parse_experiment(document).prompts_of("sft").of("math") == "You give short, correct answers."
-    student["system"] = "none"
-    assert parse_experiment(document).prompts_of("sft").distinct() == (None,)
+    student |= {"system": "none", "target": "both"}
+    untold = parse_experiment(document)
+    assert untold.prompts_of("sft").distinct() == (None,)
+    assert experiment_nodes(untold)["eval_report/sft"].method == "sft+both+untold"
 
 
 @pytest.mark.parametrize(
