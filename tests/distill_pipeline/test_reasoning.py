@@ -4,7 +4,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill_pipeline.filtering.rules import is_truncated
@@ -38,6 +38,7 @@ def test_reasoning_ends_at_the_first_closing_tag_and_the_answer_starts_after_the
 
 
 @given(PIECES)
+@settings(deadline=None)
 def test_whatever_a_model_writes_the_parts_are_beginning_and_end_of_it_and_the_answer_is_never_reasoning(raw_text: str) -> None:
     reasoning, answer = split_reasoning(raw_text)
     assert raw_text.rstrip().endswith(answer)
@@ -51,6 +52,7 @@ def test_whatever_a_model_writes_the_parts_are_beginning_and_end_of_it_and_the_a
 
 
 @given(PIECES)
+@settings(deadline=None)
 def test_a_thought_that_never_closes_is_truncated_and_has_no_answer(raw_text: str) -> None:
     opening = next((tag for tag in THINK_TAGS if raw_text.lstrip().startswith(tag)), None)
     is_cut = opening is not None and THINK_TAGS[opening] not in raw_text
@@ -81,6 +83,7 @@ def test_a_template_that_ends_with_an_opening_tag_is_found() -> None:
 
 
 @given(PIECES, PLAIN)
+@settings(deadline=None)
 def test_what_a_server_gives_apart_stays_apart_whatever_tags_are_in_the_reasoning(reasoning: str, content: str) -> None:
     message = {"content": content, "reasoning_content": reasoning}
     body = canonical_json({"choices": [{"message": message, "finish_reason": "stop"}]}).encode()
@@ -92,6 +95,7 @@ def test_what_a_server_gives_apart_stays_apart_whatever_tags_are_in_the_reasonin
 
 
 @given(PLAIN)
+@settings(deadline=None)
 def test_reasoning_without_an_answer_leaves_the_thought_open(reasoning: str) -> None:
     text = with_reasoning(reasoning, "")
     assert split_reasoning(text) == (reasoning, "")

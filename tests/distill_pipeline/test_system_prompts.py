@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill_pipeline.errors import ConfigError
@@ -38,6 +38,7 @@ def versions(document: dict[str, Any]) -> dict[str, str]:
 
 
 @given(SYSTEMS, st.dictionaries(st.sampled_from(["x", "y", "z"]), SYSTEMS), st.sampled_from(["x", "y", "other"]))
+@settings(deadline=None)
 def test_a_renderer_with_the_shared_system_prompt_shows_each_conversation_its_own_domains(
     default: str | None, by_domain: dict[str, str | None], domain: str
 ) -> None:

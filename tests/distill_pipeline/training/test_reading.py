@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill_pipeline.models.load import load_tokenizer
@@ -88,6 +88,7 @@ def test_every_target_counts_each_token_and_the_end_token_once_and_loses_no_comp
     lengths=st.lists(st.tuples(st.booleans(), st.integers(1, 5)), min_size=1, max_size=6),
     answer_weight=st.sampled_from([0.1, 0.5, 0.8]),
 )
+@settings(deadline=None)
 def test_each_tasks_share_of_the_loss_is_its_weight_and_a_token_weighs_one_on_average(
     lengths: list[tuple[bool, int]], answer_weight: float
 ) -> None:
