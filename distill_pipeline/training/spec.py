@@ -203,9 +203,39 @@ class StudentSpec(Spec):
     data: tuple[DataRef, ...] = Field(min_length=1)
     init: InitSpec
     stages: tuple[TrainStageSpec, ...] = Field(min_length=1)
+    system: Literal["teacher", "none"] = Field(
+        "teacher", exclude_if=lambda value: value == "teacher",
+        description="system prompts it reads the data under: the teacher's, or none, so that they become part of the weights",
+    )  # fmt: skip
+    target: Literal["trace", "answer", "both"] = Field(
+        "trace", exclude_if=lambda value: value == "trace",
+        description="what it learns to write: the whole trace, the answer alone, or answer and reasoning as two tasks",
+    )  # fmt: skip
+    answer_weight: float = Field(
+        0.5, gt=0.0, lt=1.0, exclude_if=lambda value: value == 0.5,
+        description="with target both: the answers' share of the loss, each task's loss being the mean over its tokens",
+    )  # fmt: skip
     max_length: int = Field(
         2048, ge=16, description="longest prompt plus completion in tokens; longer ones are left out, counted"
     )
+
+    @model_validator(mode="after")
+    def _settings_fit_the_stages(self) -> "StudentSpec":
+        if "answer_weight" in self.model_fields_set and self.target != "both":
+            raise ValueError(f"answer_weight is for target both; the target is {self.target}")
+        for index, stage in enumerate(self.stages):
+            if self.system == "none" and stage.distills:
+                raise ValueError(
+                    f"system none is for sft: in stages.{index} ({stage.method}) the teacher reads the student's own tokens, "
+                    "so it would not know the system prompt either"
+                )
+            if self.target != "trace" and stage.signal != "online":
+                raise ValueError(
+                    f"target {self.target}: the signals of stages.{index} are stored for whole traces; use signal: online"
+                )
+            if self.target == "both" and stage.method == "on_policy":
+                raise ValueError(f"target both: stages.{index} (on_policy) answers prompts itself; use trace or answer")
+        return self
 
     @model_validator(mode="after")
     def _first_stage_has_none_before(self) -> "StudentSpec":
@@ -222,6 +252,12 @@ class StudentSpec(Spec):
                     f"may have max_length={self.max_length} tokens; lower the first or raise the second"
                 )
         return self
+
+    @property
+    def method(self) -> str:
+        """How it is trained, in a word a stage, and what sets it apart from a student of whole traces under system prompts."""
+        marks = [self.target] * (self.target != "trace") + ["untold"] * (self.system == "none")
+        return "+".join(dict.fromkeys([*(stage.method for stage in self.stages), *marks]))
 
     def signal_kinds(self) -> tuple[SignalKind, ...]:
         """The kinds of stored teacher signals that the stages read."""
