@@ -83,7 +83,10 @@ def report_student(work: Work, out_dir: Path) -> Outcome:
     )
 
 
-TRAINING_FACTS = ("initial_loss", "final_loss", "kept_layers", "layout", "tokens_per_second", "resumed_from_step", "rollouts")
+TRAINING_FACTS = (
+    "untrained_loss", "initial_loss", "final_loss", "kept_layers", "layout", "tokens_per_second", "resumed_from_step",
+    "rollouts",
+)  # fmt: skip
 
 
 def _origins(work: Work, checkpoint: Artifact) -> dict[str, Any]:

@@ -12,11 +12,12 @@ from typing import Any
 
 import pyarrow as pa
 
+from distill_pipeline.compute.spec import ComputeSpec
 from distill_pipeline.errors import EmptyResultError
 from distill_pipeline.generation.answering import AnsweringRun
 from distill_pipeline.generation.budget import Spending
 from distill_pipeline.generation.families import Families
-from distill_pipeline.generation.opening import TeacherModel, open_engine
+from distill_pipeline.generation.opening import HERE, TeacherModel, open_engine
 from distill_pipeline.generation.protocol import Engine
 from distill_pipeline.generation.served import ServedModel
 from distill_pipeline.generation.spec import TeacherSpec
@@ -38,6 +39,7 @@ def generate_outputs(
     device: str,
     seed: int,
     progress: Progress,
+    compute: ComputeSpec = HERE,
     flush_rows: int = 2048,
     flush_seconds: float = 30.0,
 ) -> Outcome:
@@ -48,19 +50,22 @@ def generate_outputs(
         model: the folder of a model that runs here, or a model that a server has.
         generations_dir: where the answers of all runs are kept; the next run takes from there.
         device: a torch device or ``auto``.
+        compute: with ``engine: ray`` a model that runs here runs on the cluster instead; the rows are the same.
         flush_rows, flush_seconds: how much a crash can lose; batches in flight come on top.
     Returns:
         counts with ``expected == stopped + truncated + failed``, of which ``reused`` cost nothing; facts say the family, what
         differs from this teacher's last run, tokens, speed and cost.
     Raises:
+        ComputeError: a machine of the cluster was lost again and again, or does not fit; what was answered is stored.
         BudgetError: the teacher's budget does not hold what is missing; what it did hold is stored.
         EmptyResultError: the teacher answers no prompt of the pool.
         GenerationError: every single request failed, or a server is dead; the message gives the reason.
     """
-    engine = open_engine(teacher_name, teacher, model, device=device, seed=seed, progress=progress)
+    engine = open_engine(teacher_name, teacher, model, device=device, seed=seed, progress=progress, compute=compute)
     store = _families(
-        teacher, model, engine, generations_dir, device=device, seed=seed, flush_rows=flush_rows, flush_seconds=flush_seconds
-    )
+        teacher, model, engine, generations_dir, device=device, seed=seed, compute=compute, flush_rows=flush_rows,
+        flush_seconds=flush_seconds,
+    )  # fmt: skip
     with spooled(prompt_batches, teacher.domains, generations_dir) as (spool, num_prompts, domains):
         if num_prompts == 0:
             raise EmptyResultError(
@@ -97,15 +102,16 @@ def missing_requests(
 
 
 def _families(
-    teacher: TeacherSpec, model: TeacherModel, engine: Engine, generations_dir: Path, *, device: str, seed: int, **flush: Any
-) -> Families:
+    teacher: TeacherSpec, model: TeacherModel, engine: Engine, generations_dir: Path, *, device: str, seed: int,
+    compute: ComputeSpec = HERE, **flush: Any,
+) -> Families:  # fmt: skip
     """Where a teacher's answers are. Raises ConfigError for a chat template that takes no system prompt where one is set."""
 
     def settings_under(system: str | None) -> dict[str, Any]:
         if len(teacher.system_prompts.distinct()) == 1:
             return engine.settings
         told = teacher.model_copy(update={"system": system, "systems": {}, "chain_of_thought": False})
-        return open_engine("", told, model, device=device, seed=seed).settings
+        return open_engine("", told, model, device=device, seed=seed, compute=compute).settings
 
     def open_store(family: str, settings: dict[str, Any]) -> GenerationStore:
         return GenerationStore(generations_dir, family, settings, max_tokens=teacher.sampling.max_tokens, **flush)
