@@ -197,10 +197,9 @@ def _run_student_checkpoint(work: Work, out_dir: Path, input_key: str) -> Outcom
         (_training_rows(data), work.experiment.data_prompts(student, data.name.split("/")[1])) for data in sets
     )
     outcome = train_student(
-        rows, out_dir, work.store.work_dir(work.node.name, input_key), student=recipe,
-        teacher=work.teacher_model(), init_model=_init_model(work),
-        system=system, device=work.student_device, seed=work.experiment.seed, progress=work.progress,
-        signals=work.experiment.signals, signal_sources=_signal_sources(work, sets, system),
+        rows, out_dir, work.store.work_dir(work.node.name, input_key), student=recipe, teacher=work.teacher_model(),
+        init_model=_init_model(work), system=system, device=work.student_device, seed=work.experiment.seed,
+        progress=work.progress, signals=work.experiment.signals, signal_sources=_signal_sources(work, sets, system),
     )  # fmt: skip
     return Outcome(outcome.counts, _told_of_student(work, out_dir, outcome.counts, outcome.facts), outcome.failed_gate)
 

@@ -63,8 +63,9 @@ def generate_outputs(
     """
     engine = open_engine(teacher_name, teacher, model, device=device, seed=seed, progress=progress, compute=compute)
     store = _families(
-        teacher, model, engine, generations_dir, device=device, seed=seed, flush_rows=flush_rows, flush_seconds=flush_seconds
-    )
+        teacher, model, engine, generations_dir, device=device, seed=seed, compute=compute, flush_rows=flush_rows,
+        flush_seconds=flush_seconds,
+    )  # fmt: skip
     with spooled(prompt_batches, teacher.domains, generations_dir) as (spool, num_prompts, domains):
         if num_prompts == 0:
             raise EmptyResultError(
@@ -101,15 +102,16 @@ def missing_requests(
 
 
 def _families(
-    teacher: TeacherSpec, model: TeacherModel, engine: Engine, generations_dir: Path, *, device: str, seed: int, **flush: Any
-) -> Families:
+    teacher: TeacherSpec, model: TeacherModel, engine: Engine, generations_dir: Path, *, device: str, seed: int,
+    compute: ComputeSpec = HERE, **flush: Any,
+) -> Families:  # fmt: skip
     """Where a teacher's answers are. Raises ConfigError for a chat template that takes no system prompt where one is set."""
 
     def settings_under(system: str | None) -> dict[str, Any]:
         if len(teacher.system_prompts.distinct()) == 1:
             return engine.settings
         told = teacher.model_copy(update={"system": system, "systems": {}, "chain_of_thought": False})
-        return open_engine("", told, model, device=device, seed=seed).settings
+        return open_engine("", told, model, device=device, seed=seed, compute=compute).settings
 
     def open_store(family: str, settings: dict[str, Any]) -> GenerationStore:
         return GenerationStore(generations_dir, family, settings, max_tokens=teacher.sampling.max_tokens, **flush)

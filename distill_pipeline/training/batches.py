@@ -92,9 +92,9 @@ class ExampleSet:
         digest = hashlib.sha256(self._tokens.tobytes())
         for ends, prompt_id in zip(self._spans, self.prompt_ids, strict=True):
             digest.update(ends.tobytes() + prompt_id.encode())
+        digest.update(array("d", self.weights).tobytes())
         if self.own is not None:
             digest.update(self.own.fingerprint().encode())
-        digest.update(array("d", self.weights).tobytes())
         return digest.hexdigest()
 
     def longest(self) -> int:

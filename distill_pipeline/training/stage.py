@@ -114,9 +114,8 @@ def train_student(
     opened = "" if student.target == "trace" else opening_of(renderer)
     rows = rows_for_target(training_batches, student.target, opened=opened)
     examples, counts = encode_examples(
-        rows, renderer, max_length=student.max_length, signal_row=stored.row if stored else None,
-        own_renderer=own_renderer,
-    )  # fmt: skip
+        rows, renderer, max_length=student.max_length, signal_row=stored.row if stored else None, own_renderer=own_renderer
+    )
     if student.target == "both":
         counts |= {f"{task}_tokens": number for task, number in weigh_tasks(examples, student.answer_weight).items()}
     text = _Text(renderer, owner, own_renderer, examples, counts)
