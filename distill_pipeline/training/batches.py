@@ -141,8 +141,7 @@ def encode_examples(
     for batch in batches:
         for row in batch.to_pylist():
             prompt, kept, left_out = encode_row(row, renderer, max_length=max_length)
-            own_prompt: tuple[int, ...] = ()
-            own_kept = dict[str, tuple[int, ...]]()
+            own_prompt, own_kept = tuple[int, ...](), dict[str, tuple[int, ...]]()
             if own_renderer is not None:
                 own_prompt, pairs, _ = encode_row(row, own_renderer, max_length=max_length)
                 own_kept = dict(pairs)
