@@ -14,6 +14,7 @@ import yaml
 
 from distill_pipeline.errors import EmptyResultError, MissingInputError
 from distill_pipeline.experiment import load_experiment
+from distill_pipeline.hashing import files_version
 from distill_pipeline.lineage import lineage_lines, open_folder, trace
 from distill_pipeline.pipeline import Pipeline
 from distill_pipeline.storage.artifacts import Artifact, ArtifactStore
@@ -141,11 +142,14 @@ def test_cards_tell_the_terms_and_make_no_version(world: World) -> None:
     world.pipeline().make("prompt_pool")
     *_, first_data, first_student = made(None)
     cards = [Path(artifact.uri, "README.md").read_text() for artifact in (first_data, first_student)]
+    for artifact in (first_data, first_student):
+        content = {entry.path: entry.sha256 for entry in artifact.manifest.files if entry.path != "README.md"}
+        assert artifact.version == files_version(content), "cards are no content"
     assert "# Llama\\-tiny\\-scratch\n" in cards[1]
     assert first_student.manifest.facts["published_name"] == "Llama-tiny-scratch"
     assert all("the student's name begins with Llama" in card for card in cards)
     *_, data, student = made("so agreed in a letter")
-    assert (data.version, student.version) == (first_data.version, first_student.version), "cards are no content"
+    assert (data.version, student.version) == (first_data.version, first_student.version)
     again = [Path(artifact.uri, "README.md").read_text() for artifact in (data, student)]
     assert all("accepted because: so agreed in a letter" in card for card in again)
     said = "\n".join(lineage_lines(trace(open_folder(Path(student.uri)))))
