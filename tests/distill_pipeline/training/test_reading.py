@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill_pipeline.models.load import load_tokenizer
+from distill_pipeline.models.output_head import output_head
 from distill_pipeline.reasoning import split_reasoning
 from distill_pipeline.rendering import ChatRenderer
 from distill_pipeline.system_prompts import SystemPrompts
@@ -106,7 +107,7 @@ def test_each_tasks_share_of_the_loss_is_its_weight_and_a_token_weighs_one_on_av
 
 def test_the_loss_of_both_tasks_is_the_weighted_mean_of_each_tasks_own(random_model: Any) -> None:
     student = random_model(layers=2, seed=0)
-    pair = ModelPair(student, student.lm_head.weight, 40)
+    pair = ModelPair(student, output_head(student), 40)
     examples = ExampleSet()
     examples.append(Example("p", (3, 4), ((5, 6, 2), (7, 2))))
     examples.append(Example("p" + REASONING_TASK, (3, 4, 9), ((8, 8, 6, 5, 2),)))
