@@ -56,10 +56,8 @@ def read_apart(
         ours.append(replace(example, signal_rows=rows))
         theirs.append(replace(other, completions=cut, signal_rows=rows))
     width = teacher.config.get_text_config().hidden_size
-    hidden_MH, is_paired_M = (
-        torch.zeros(starts[-1], width, device=device),
-        torch.zeros(starts[-1], dtype=torch.bool, device=device),
-    )
+    hidden_MH = torch.zeros(starts[-1], width, device=device)
+    is_paired_M = torch.zeros(starts[-1], dtype=torch.bool, device=device)
     for part in micro_batches(theirs, layout="plain", max_tokens=max_tokens, pad_id=0):
         with torch.inference_mode(), forward_precision(torch.device(device).type, use_bfloat16):
             hidden_PH = hidden_states(teacher, part.to(device))
