@@ -23,7 +23,9 @@ from distill_pipeline.work import Work, evaluation_documents_of, protected_docum
 if TYPE_CHECKING:
     from distill_pipeline.signals.table import SignalSource
 
-UNHASHED_FILES = frozenset({"report.html", "report.json", "comparison.html", "comparison.json", "leaderboard.json"})
+UNHASHED_FILES = frozenset(
+    {"report.html", "report.json", "comparison.html", "comparison.json", "leaderboard.json", "speed.parquet"}
+)
 """Files whose bytes hold times and costs: they are listed with their hashes but do not make a version."""
 
 

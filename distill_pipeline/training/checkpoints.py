@@ -1,7 +1,8 @@
 """Checkpoints of a running training: everything needed to go on as if nothing had happened.
 
-A checkpoint is a folder ``step-00000012`` with ``model.safetensors``, ``optimizer.safetensors``, ``random.safetensors`` and
-``state.json``, which holds the data position, the curve so far and the SHA-256 of the three. It is written under another name,
+A checkpoint is a folder ``step-00000012`` with ``model.safetensors``, ``optimizer.safetensors``, ``random.safetensors``, in a
+stage that may stop early ``best.safetensors`` (its best weights so far), and
+``state.json``, which holds the data position, the curve so far and the SHA-256 of the others. It is written under another name,
 synced and renamed, so that it is whole or absent; one whose hashes do not fit is skipped with a word. Nothing is pickled.
 The last two are kept. A checkpoint of other data or settings is not used: its run key differs.
 """
@@ -25,6 +26,7 @@ from distill_pipeline.storage.files import sync
 
 KEPT = 2
 STATE = "state.json"
+BEST = "best.safetensors"
 PREFIX = "step-"
 
 
@@ -37,11 +39,7 @@ class Checkpoint:
 
     def restore(self, model: Any, optimizer: torch.optim.Optimizer | None) -> None:
         """Put weights, optimizer state and random state back, bit for bit."""
-        own = model_tensors(model)
-        saved = load_file(self.folder / "model.safetensors", device=str(model.device))
-        with torch.no_grad():
-            for name, tensor in own.items():
-                tensor.copy_(saved[name])
+        put_tensors(model, load_file(self.folder / "model.safetensors", device=str(model.device)))
         if optimizer is not None:
             _load_optimizer(optimizer, load_file(self.folder / "optimizer.safetensors", device=str(model.device)))
         random = load_file(self.folder / "random.safetensors")
@@ -49,8 +47,19 @@ class Checkpoint:
         if "cuda" in random and torch.cuda.is_available():
             torch.cuda.set_rng_state(random["cuda"])
 
+    def best_tensors(self) -> dict[str, Tensor] | None:
+        """What was given to ``save_checkpoint`` as ``best``."""
+        return load_file(self.folder / BEST) if (self.folder / BEST).exists() else None
 
-def save_checkpoint(folder: Path, step: int, model: Any, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> Path:
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Any],
+    best: Mapping[str, Tensor] | None = None,
+) -> Path:
     """Write the checkpoint of ``step`` (over all stages) below ``folder`` and drop older ones; returns its folder."""
     final, temporary = folder / f"{PREFIX}{step:08d}", folder / f".tmp-{step:08d}-{os.getpid()}"
     for path in (temporary, final):
@@ -64,6 +73,8 @@ def save_checkpoint(folder: Path, step: int, model: Any, optimizer: torch.optim.
         "optimizer.safetensors": optimizer_tensors(optimizer),
         "random.safetensors": random,
     }
+    if best is not None:
+        files[BEST] = dict(best)
     hashes = {}
     for name, tensors in files.items():
         save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, temporary / name)
@@ -102,6 +113,13 @@ def model_tensors(model: Any) -> dict[str, Tensor]:
     saved = set(model.state_dict())
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in saved}
     return dict(model.named_parameters()) | buffers
+
+
+def put_tensors(model: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Copy into a model what :func:`model_tensors` gave of it, or of one like it."""
+    with torch.no_grad():
+        for name, tensor in model_tensors(model).items():
+            tensor.copy_(tensors[name])
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -25,12 +25,13 @@ from distill_pipeline.signals.table import StoredSignals
 from distill_pipeline.training.batches import Example, ExampleSet, Layout, MicroBatch, epoch_order, micro_batches
 from distill_pipeline.training.checkpoints import Checkpoint, save_checkpoint
 from distill_pipeline.training.head import POLICY_GRADIENT, head_loss
+from distill_pipeline.training.held_out import BestWeights, HeldOut, comparisons, has_settled, held_out_text
 from distill_pipeline.training.layout import forward_precision, hidden_states
 from distill_pipeline.training.position import StagePosition
-from distill_pipeline.training.rollouts import StudentSampler, answers_itself, rollouts_text
+from distill_pipeline.training.progress import StageClock
+from distill_pipeline.training.rollouts import StudentSampler, answers_itself
 from distill_pipeline.training.spec import TrainStageSpec
 
-PROGRESS_SECONDS = 5.0
 CHECKPOINT_SHARE = 0.05
 """Most of the training time that checkpoints may take: a slow disk makes them rarer."""
 
@@ -80,6 +81,8 @@ class TrainingRun:
     progress: Progress
     sampler: StudentSampler | None = None
     """Answers the prompts of on_policy stages."""
+    held_out: HeldOut | None = None
+    """What the student is compared with its teacher on."""
     curve: list[dict[str, Any]] = field(default_factory=list)
     trained_tokens: int = 0
     first_tokens: int = 0
@@ -87,6 +90,8 @@ class TrainingRun:
     stage_seconds: list[float] = field(default_factory=list)
     """Of each stage, as far as this process trained it."""
     _optimizer: torch.optim.Optimizer | None = None
+    _best: BestWeights = field(default_factory=BestWeights)
+    """Of a stage that may stop early, while it runs."""
 
     def run(self, resume: Checkpoint | None) -> None:
         """Train all stages; ``curve`` then has one row a step. With ``resume``, go on where that checkpoint stopped.
@@ -107,6 +112,7 @@ class TrainingRun:
     def _check_parts(self) -> None:
         for index, stage in enumerate(self.stages):
             for part, needed, there in (
+                ("a held-out part", stage.early_stop is not None, self.held_out is not None),
                 ("a teacher", stage.needs_teacher, self.models.teacher is not None),
                 ("teacher signals", stage.signal != "online", self.models.signals is not None),
                 ("a sampler", stage.method == "on_policy", self.sampler is not None),
@@ -119,31 +125,48 @@ class TrainingRun:
         optimizer = make_optimizer(student, stage)
         if resume is not None:
             resume.restore(student, optimizer if first_step or stage.keep_optimizer else None)
+            self._best = BestWeights(resume.best_tensors())
         elif stage.keep_optimizer and self._optimizer is not None:
             optimizer.state.update(self._optimizer.state)
         self._optimizer = optimizer
         before = next((row["tokens"] for row in reversed(self.curve) if row["stage"] < index), 0)
         position = StagePosition.of(stage, len(self.examples), step=first_step, tokens=self.trained_tokens - before)
-        saved_at = spoke_at = start = time.monotonic()
-        tokens_before, share_before, pause = self.trained_tokens, position.share, self.checkpoint_seconds
+        clock, saved_at, pause = StageClock(position, self.trained_tokens), time.monotonic(), self.checkpoint_seconds
         student.train()
-        while not position.is_over:
+        settled = self._is_settled(index)
+        while not (position.is_over or settled):
             batch = step_examples(self.examples, stage, self.seed, position.step)
             self._train_step(index, position, batch, optimizer)
+            self.curve[-1] |= clock.step(self.trained_tokens, self.device)
+            settled = self._compare(index, position)
+            if line := clock.line(position, self.curve, self.sampler):
+                self.progress(line)
             now = time.monotonic()
-            if now - spoke_at >= PROGRESS_SECONDS or position.is_over:
-                rate = (self.trained_tokens - tokens_before) / max(now - start, 1e-9)
-                left = (now - start) / (position.share - share_before) * (1.0 - position.share)
-                self.progress(f"{stage.method} {position}, loss {self.curve[-1]['loss']:.4f}, "
-                              f"{rate:.0f} tokens/s, {left:.0f} s left{rollouts_text(self.sampler, self.curve)}")  # fmt: skip
-                spoke_at = now
             if now - saved_at >= pause and not position.is_over:
                 self._save(index, position.step, optimizer)
                 saved_at = time.monotonic()
                 pause = max(self.checkpoint_seconds, (saved_at - now) / CHECKPOINT_SHARE)
-        self.stage_seconds[index] = time.monotonic() - start
+            clock.skip()
+        if not position.is_over:
+            self.progress(f"{stage.method}, after {position}: stopped early{held_out_text(self.curve)}")
+        self._best.restore(student)
+        self.stage_seconds[index] = clock.seconds
         if index + 1 < len(self.stages):
             self._save(index + 1, 0, optimizer)
+
+    def _is_settled(self, index: int) -> bool:
+        rule = self.stages[index].early_stop
+        return rule is not None and has_settled(comparisons(self.curve, index), rule)
+
+    def _compare(self, index: int, position: StagePosition) -> bool:
+        """How near the student is to its teacher, where a comparison is due; whether that ends the stage early."""
+        if self.held_out is None or not self.held_out.is_due(position):
+            return False
+        with forward_precision(torch.device(self.device).type, self.use_bfloat16):
+            self.curve[-1] |= self.held_out.compare(self.models.student)
+        if self.stages[index].early_stop is not None:
+            self._best.offer(self.models.student, comparisons(self.curve, index))
+        return self._is_settled(index)
 
     def _train_step(
         self, index: int, position: StagePosition, batch: Sequence[Example], optimizer: torch.optim.Optimizer
@@ -181,7 +204,7 @@ class TrainingRun:
         state = self.checkpoint_state | {
             "stage": stage, "step": step, "curve": self.curve, "trained_tokens": self.trained_tokens,
         }  # fmt: skip
-        save_checkpoint(self.checkpoint_dir, len(self.curve), self.models.student, optimizer, state)
+        save_checkpoint(self.checkpoint_dir, len(self.curve), self.models.student, optimizer, state, self._best.tensors)
 
 
 def accumulate_gradients(

@@ -1,6 +1,6 @@
 """The ``students`` part of an experiment file."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, StringConstraints, model_serializer, model_validator
@@ -72,6 +72,23 @@ class RolloutSpec(Spec):
         return self.top_k is not None or self.top_p < 1.0
 
 
+class HeldOutSpec(Spec):
+    """A small part of the prompts that trains nothing: on it a student is compared with its teacher while it learns.
+
+    The teacher stays in memory for it, whatever the stages read.
+    """
+
+    fraction: float = Field(0.05, gt=0.0, lt=1.0, description="share of the prompts, by hash: new prompts move none of them")
+    every: int = Field(50, ge=1, description="optimizer steps from one comparison to the next; one more ends a stage")
+
+
+class EarlyStopSpec(Spec):
+    """When a stage has learnt enough: its held-out divergence from the teacher falls no more. The best weights stay."""
+
+    patience: int = Field(3, ge=1, description="comparisons in a row without progress that end the stage")
+    min_delta: float = Field(0.0, ge=0.0, description="nats a token below the least so far that count as progress")
+
+
 class TrainStageSpec(Spec):
     """One stage of a student's training. Stages run in order.
 
@@ -108,6 +125,7 @@ class TrainStageSpec(Spec):
     warmup_frac: float = Field(0.05, ge=0.0, lt=1.0)
     weight_decay: float = Field(0.0, ge=0.0)
     clip_norm: float | None = Field(1.0, gt=0.0)
+    early_stop: EarlyStopSpec | None = Field(None, description="end the stage earlier, by the student's held_out part")
 
     @property
     def distills(self) -> bool:
@@ -158,8 +176,13 @@ class TrainStageSpec(Spec):
     @model_serializer(mode="wrap")
     def _without_unread(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Settings that this stage does not read decide nothing, so they are in no manifest and no version."""
-        hidden = self._unread() | (set() if self.keep_optimizer else {"keep_optimizer"})
+        hidden = self._unread() | unasked(self, ("keep_optimizer", "early_stop"))
         return {name: value for name, value in handler(self).items() if name not in hidden}
+
+
+def unasked(spec: Spec, names: Iterable[str]) -> set[str]:
+    """Those of some fields that have their default: they are in no document, so that it is as it was before they existed."""
+    return {name for name in names if getattr(spec, name) == type(spec).model_fields[name].default}
 
 
 class StudentSpec(Spec):
@@ -171,6 +194,7 @@ class StudentSpec(Spec):
     max_length: int = Field(
         2048, ge=16, description="longest prompt plus completion in tokens; longer ones are left out, counted"
     )
+    held_out: HeldOutSpec | None = Field(None, description="compare the student with its teacher while it is trained")
 
     @model_validator(mode="after")
     def _first_stage_has_none_before(self) -> "StudentSpec":
@@ -188,11 +212,26 @@ class StudentSpec(Spec):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _early_stops_are_measured(self) -> "StudentSpec":
+        for index, stage in enumerate(self.stages):
+            if stage.early_stop is not None and self.held_out is None:
+                raise ValueError(
+                    f"stages.{index}.early_stop: it looks at the divergence on prompts that train nothing; give held_out too, "
+                    "for instance held_out: {fraction: 0.05, every: 50}"
+                )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_unasked(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        hidden = unasked(self, ("held_out",))
+        return {name: value for name, value in handler(self).items() if name not in hidden}
+
     def signal_kinds(self) -> tuple[SignalKind, ...]:
         """The kinds of stored teacher signals that the stages read."""
         return tuple(dict.fromkeys(stage.signal for stage in self.stages if stage.signal != "online"))
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether a stage reads the teacher's distributions from the teacher itself."""
-        return any(stage.needs_teacher for stage in self.stages)
+        """Whether the teacher itself is read: by a stage, or on held-out prompts."""
+        return self.held_out is not None or any(stage.needs_teacher for stage in self.stages)

@@ -3,7 +3,9 @@
 Writes ``model.safetensors``, ``config.json``, the tokenizer's files and ``curve.parquet`` (one row an optimizer step: step
 from 1, stage from 0, method, loss, kl (the stage's divergence; null in sft), ce, lr, grad_norm, tokens seen so far; losses in
 nats a token; with an on_policy stage also the step's rollouts, their mean tokens and the share that was truncated, null where
-there were none). Times are facts, never in a file, so that equal runs leave equal files.
+there were none; with a held-out part its KL(teacher || student) and the share of places where both find the same token
+likeliest, null between comparisons). Times and memory, which differ between equal runs, are facts, and by step in
+``speed.parquet`` (step, tokens_per_second, peak_memory_bytes), which makes no version.
 
 Decided: where student and teacher give the same meaning to every token id, both use the teacher's tokenizer and chat
 template, so they see the same tokens that generation saw. Otherwise the student keeps its own, and only sft is possible.
@@ -30,9 +32,10 @@ from distill_pipeline.rendering import ChatRenderer
 from distill_pipeline.signals.files import Wanted
 from distill_pipeline.signals.spec import SignalsSpec
 from distill_pipeline.signals.table import SignalSource, StoredSignals, open_signals
-from distill_pipeline.training.batches import ExampleSet, encode_examples, epoch_order
+from distill_pipeline.training.batches import Example, ExampleSet, Layout, encode_examples, epoch_order
 from distill_pipeline.training.checkpoints import Checkpoint, latest_checkpoint, remove_checkpoints
 from distill_pipeline.training.head import plain_head
+from distill_pipeline.training.held_out import KL, TOP1, HeldOut, held_out_facts, split_held_out
 from distill_pipeline.training.layout import choose_layout
 from distill_pipeline.training.loop import ModelPair, TrainingRun
 from distill_pipeline.training.rollouts import StudentSampler, length_limit, rollout_facts
@@ -54,6 +57,10 @@ ROLLOUT_SCHEMA = pa.schema(
 )
 """Further columns of the curve of a student with an on_policy stage."""
 
+HELD_OUT_SCHEMA = pa.schema([(KL, pa.float64()), (TOP1, pa.float64())])
+"""Further columns of the curve of a student with a held-out part."""
+
+SPEED_SCHEMA = pa.schema([("step", pa.int64()), ("tokens_per_second", pa.float64()), ("peak_memory_bytes", pa.int64())])
 
 _AS_DEFAULT = SignalsSpec()
 
@@ -65,6 +72,7 @@ class _Text:
     renderer: ChatRenderer
     owner: str
     examples: ExampleSet
+    held_out: list[Example]
     counts: dict[str, int]
 
 
@@ -106,11 +114,11 @@ def train_student(
     examples, counts = encode_examples(
         training_batches, renderer, max_length=student.max_length, signal_row=stored.row if stored else None
     )
-    text = _Text(renderer, owner, examples, counts)
+    text = _Text(renderer, owner, *split_held_out(examples, counts, student.held_out))
     run_key = version_of(
         {"algorithm": ALGORITHM, "student": student.document(), "teacher": teacher.identity, "seed": seed,
          "init_model": init_model.identity if init_model else None, "renderer": text.renderer.fingerprint,
-         "data": text.examples.fingerprint(), "device": torch.device(device).type}
+         "data": examples.fingerprint(), "device": torch.device(device).type}
     )  # fmt: skip
     checkpoint_dir = work_dir / "checkpoints"
     resume = latest_checkpoint(checkpoint_dir, run_key, progress)
@@ -128,6 +136,7 @@ def train_student(
     run = TrainingRun(
         pair, student.stages, text.examples, layout, text.renderer.end_token_id, seed, device, use_bfloat16, checkpoint_dir,
         {"run_key": run_key, "init": initial.facts}, checkpoint_seconds, progress, sampler,
+        held_out=_held_out(student, pair, text, layout, device),
     )  # fmt: skip
     run.run(resume)
     hash_after = parameters_sha256(pair.teacher) if pair.teacher is not None else None
@@ -163,10 +172,10 @@ def _renderer(
     if init_model is not None:
         own = load_tokenizer(init_model.path)
         differing = different_ids(own.get_vocab(), tokenizer.get_vocab())
-        if differing and any(stage.distills for stage in student.stages):
+        if differing and (student.held_out is not None or any(stage.distills for stage in student.stages)):
             raise VocabularyMismatchError(
                 f"{init_model.reference} and {teacher.reference} give different meanings to {len(differing)} token ids, for "
-                f"instance {', '.join(differing[:5])}. Use sft, or a student with the teacher's tokenizer."
+                f"instance {', '.join(differing[:5])}. Use sft without held_out, or a student with the teacher's tokenizer."
             )
         if differing:
             tokenizer, owner = own, "student"
@@ -239,14 +248,23 @@ def _sampler(
     student: StudentSpec, models: Sequence[Any], text: _Text, seed: int, use_bfloat16: bool
 ) -> tuple[StudentSampler | None, int]:
     """Who answers in on_policy stages, and the most tokens that any sequence of the training has."""
+    longest = max([text.examples.longest(), *(len(e.prompt) + max(map(len, e.completions)) for e in text.held_out)])
     own = [stage for stage in student.stages if stage.method == "on_policy"]
     if not own:
-        return None, text.examples.longest()
+        return None, longest
     longest_prompt = text.examples.longest_prompt()
     limit = length_limit(student.stages, models, max_length=student.max_length, longest_prompt=longest_prompt)
     rolled = min(limit, longest_prompt + max(stage.rollouts.max_tokens for stage in own))
     sampler = StudentSampler(models[0], text.renderer, seed=seed, limit=limit, use_bfloat16=use_bfloat16)
-    return sampler, max(text.examples.longest(), rolled)
+    return sampler, max(longest, rolled)
+
+
+def _held_out(student: StudentSpec, pair: ModelPair, text: _Text, layout: Layout, device: str) -> HeldOut | None:
+    """What the student is compared with its teacher on, where its recipe asks for that."""
+    if student.held_out is None:
+        return None
+    renderer, every = text.renderer, student.held_out.every
+    return HeldOut(text.held_out, pair.teacher, every, layout, renderer.end_token_id, renderer.vocab_size, device)
 
 
 def _write_student(model: Any, tokenizer: Any, curve: Sequence[dict[str, Any]], out_dir: Path) -> None:
@@ -255,9 +273,10 @@ def _write_student(model: Any, tokenizer: Any, curve: Sequence[dict[str, Any]], 
     model.config._name_or_path = ""
     model.save_pretrained(out_dir, max_shard_size="10TB")
     tokenizer.save_pretrained(out_dir)
-    has_rollouts = any("rollouts" in row for row in curve)
-    schema = pa.unify_schemas([CURVE_SCHEMA, ROLLOUT_SCHEMA]) if has_rollouts else CURVE_SCHEMA
+    further = [part for part in (ROLLOUT_SCHEMA, HELD_OUT_SCHEMA) if any(part.names[0] in row for row in curve)]
+    schema = pa.unify_schemas([CURVE_SCHEMA, *further])
     pq.write_table(pa.Table.from_pylist(list(curve), schema=schema), out_dir / "curve.parquet")
+    pq.write_table(pa.Table.from_pylist(list(curve), schema=SPEED_SCHEMA), out_dir / "speed.parquet")
 
 
 def _run_facts(run: TrainingRun) -> dict[str, Any]:
@@ -272,5 +291,7 @@ def _run_facts(run: TrainingRun) -> dict[str, Any]:
         "tokens_per_second": round(resumed_tokens / max(seconds, 1e-9), 1),
         "stage_seconds": [round(spent, 3) for spent in run.stage_seconds],
         "stage_tokens": [after - before for before, after in pairwise(tokens_before)],
+        "peak_memory_bytes": run.curve[-1]["peak_memory_bytes"],
         **({} if run.sampler is None else {"rollouts": rollout_facts(run.sampler, run.curve)}),
+        **({} if run.held_out is None else {"held_out": held_out_facts(run.curve, len(run.stages))}),
     }  # fmt: skip
