@@ -33,7 +33,10 @@ ROW_OVERHEAD_BYTES = 300
 """Ids, counts and keys of a stored completion beside its text, compressed."""
 BYTES_A_TOKEN = 4.5
 TRAINING_COPIES = 4
-"""A student's weights on disk, in float32 copies: the finished model, and a checkpoint with weights and two Adam moments."""
+"""A student's weights on disk, in float32 copies: the finished model, and a checkpoint with weights and two Adam moments.
+
+Of a student with adapters only the finished model counts: checkpoints hold the adapters alone.
+"""
 
 
 @dataclass(frozen=True)
@@ -251,7 +254,7 @@ def _plan_student(pipeline: Pipeline, name: str, prompts: Sequence[dict[str, Any
     if probe is None:
         return PlanLine(f"student_checkpoint/{name}", rows, tokens, 0, None, note)
     seconds_a_token, parameters = _probe_student(pipeline, name, probe)
-    size = parameters * 4 * TRAINING_COPIES
+    size = parameters * 4 * (TRAINING_COPIES if recipe.lora is None else 1)
     seconds = sum(load.tokens * cost for load, cost in zip(loads, seconds_a_token, strict=True))
     return PlanLine(f"student_checkpoint/{name}", rows, tokens, size, seconds, note)
 

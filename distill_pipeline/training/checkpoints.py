@@ -109,10 +109,10 @@ def remove_checkpoints(folder: Path) -> None:
 
 
 def model_tensors(model: Any) -> dict[str, Tensor]:
-    """Parameters (tied ones once) and saved buffers by name."""
+    """What training changes, by name: parameters that are trained (tied ones once) and saved buffers."""
     saved = set(model.state_dict())
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in saved}
-    return dict(model.named_parameters()) | buffers
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad} | buffers
 
 
 def put_tensors(model: Any, tensors: Mapping[str, Tensor]) -> None:

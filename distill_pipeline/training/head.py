@@ -103,6 +103,7 @@ def head_loss(
     kd_temperature: float = 1.0,
     ce_weight: float = 1.0,
     chunk_tokens: int = CHUNK_TOKENS,
+    grad_scale: float = 1.0,
 ) -> HeadLoss:
     """(1 - ce_weight) kd_temperature^2 divergence + ce_weight cross-entropy, summed and divided by ``num_tokens``.
 
@@ -114,6 +115,7 @@ def head_loss(
         teacher_hidden_PH, teacher_weight_VH: both or none; without them and without sparse targets the loss is cross-entropy
             alone (ce_weight 1).
         divergence, options: a name of :mod:`distill_pipeline.losses` with its own number, or ``policy_gradient``.
+        grad_scale: gradients come out so many times as large (the loss does not), for dtypes that would lose small ones.
     Raises:
         ValueError: a teacher is missing although ce_weight is below 1, there are two sources of the divergence, or the
             vocabularies' widths differ.
@@ -127,7 +129,7 @@ def head_loss(
             raise ValueError(f"ce_weight is {ce_weight}, but there is no teacher to take the other share from")
     elif teacher_weight_VH.shape[0] != weight_VH.shape[0]:
         raise ValueError(f"the heads have {weight_VH.shape[0]} and {teacher_weight_VH.shape[0]} rows: cut both to one width")
-    settings = (num_tokens, divergence, dict(options or {}), kd_temperature, ce_weight, chunk_tokens)
+    settings = (num_tokens, divergence, dict(options or {}), kd_temperature, ce_weight, chunk_tokens, grad_scale)
     loss, kl, ce = _HeadLoss.apply(  # type: ignore[no-untyped-call]
         hidden_PH, weight_VH, teacher_hidden_PH, teacher_weight_VH, targets, settings
     )
@@ -143,9 +145,9 @@ class _HeadLoss(torch.autograd.Function):
         teacher_hidden_PH: Tensor | None,
         teacher_weight_VH: Tensor | None,
         targets: Targets,
-        settings: tuple[float, str, dict[str, float], float, float, int],
+        settings: tuple[float, str, dict[str, float], float, float, int, float],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        num_tokens, divergence, options, kd_temperature, ce_weight, chunk_tokens = settings
+        num_tokens, divergence, options, kd_temperature, ce_weight, chunk_tokens, grad_scale = settings
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         matrix_VH = weight_VH.to(hidden_PH.dtype)
         teacher_VH = None if teacher_weight_VH is None else teacher_weight_VH.to(teacher_hidden_PH.dtype)  # type: ignore[union-attr]
@@ -159,7 +161,7 @@ class _HeadLoss(torch.autograd.Function):
             teacher_CV = None if teacher_VH is None else teacher_hidden_PH[start:stop] @ teacher_VH.T  # type: ignore[index]
             sums += _losses_in_place(
                 logits_CV, teacher_CV, targets.cut(start, stop), divergence, options, kd_temperature, ce_weight,
-                1.0 / num_tokens,
+                grad_scale / num_tokens,
             )  # fmt: skip
             if grad_hidden_PH is not None:
                 torch.mm(logits_CV, matrix_VH, out=grad_hidden_PH[start:stop])

@@ -6,7 +6,7 @@ losses as one that was not. Where a stage asks for it, the student first answers
 those of its own tokens. A loss or gradient that is not a number stops the run before the weights are touched.
 
 Decided: AdamW with one state per stage, or that of the stage before where asked; no weight decay on vectors (norms, biases);
-weights and losses in float32, on CUDA the forward passes in bfloat16. Given up: training a model that does not fit one device.
+weights and losses in float32, forward passes in what ``precision`` says. Given up: a model that does not fit one device.
 """
 
 import math
@@ -27,6 +27,7 @@ from distill_pipeline.training.checkpoints import Checkpoint, save_checkpoint
 from distill_pipeline.training.head import POLICY_GRADIENT, head_loss
 from distill_pipeline.training.held_out import BestWeights, HeldOut, comparisons, has_settled, held_out_text
 from distill_pipeline.training.layout import forward_precision, hidden_states
+from distill_pipeline.training.optim import LossScale, make_optimizer
 from distill_pipeline.training.position import StagePosition
 from distill_pipeline.training.progress import StageClock
 from distill_pipeline.training.rollouts import StudentSampler, answers_itself
@@ -34,8 +35,6 @@ from distill_pipeline.training.spec import TrainStageSpec
 
 CHECKPOINT_SHARE = 0.05
 """Most of the training time that checkpoints may take: a slow disk makes them rarer."""
-
-ADAM_BETAS = (0.9, 0.95)
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,8 @@ class TrainingRun:
     pad_id: int
     seed: int
     device: str
-    use_bfloat16: bool
+    dtype: torch.dtype
+    """Of forward passes."""
     checkpoint_dir: Path
     checkpoint_state: dict[str, Any]
     checkpoint_seconds: float
@@ -90,6 +90,7 @@ class TrainingRun:
     stage_seconds: list[float] = field(default_factory=list)
     """Of each stage, as far as this process trained it."""
     _optimizer: torch.optim.Optimizer | None = None
+    _loss_scale: LossScale = field(init=False)
     _best: BestWeights = field(default_factory=BestWeights)
     """Of a stage that may stop early, while it runs."""
 
@@ -101,9 +102,11 @@ class TrainingRun:
         """
         self._check_parts()
         first_stage = first_step = 0
+        self._loss_scale = LossScale.of(self.dtype)
         if resume is not None:
             self.curve, self.trained_tokens = list(resume.state["curve"]), resume.state["trained_tokens"]
             self.first_tokens = self.trained_tokens
+            self._loss_scale = LossScale(**resume.state["loss_scale"])
             first_stage, first_step = resume.state["stage"], resume.state["step"]
         self.stage_seconds = [0.0] * len(self.stages)
         for index in range(first_stage, len(self.stages)):
@@ -162,7 +165,7 @@ class TrainingRun:
         """How near the student is to its teacher, where a comparison is due; whether that ends the stage early."""
         if self.held_out is None or not self.held_out.is_due(position):
             return False
-        with forward_precision(torch.device(self.device).type, self.use_bfloat16):
+        with forward_precision(torch.device(self.device).type, self.dtype):
             self.curve[-1] |= self.held_out.compare(self.models.student)
         if self.stages[index].early_stop is not None:
             self._best.offer(self.models.student, comparisons(self.curve, index))
@@ -171,20 +174,14 @@ class TrainingRun:
     def _train_step(
         self, index: int, position: StagePosition, batch: Sequence[Example], optimizer: torch.optim.Optimizer
     ) -> None:
-        stage, student = self.stages[index], self.models.student
-        rolled = None
+        stage, rolled = self.stages[index], None
         if self.sampler is not None and answers_itself(stage, seed=self.seed, index=index, step=position.step):
             rolled = self.sampler.roll_out(batch, stage.rollouts, stage=index, step=position.step)
             batch, stage = rolled.examples, stage.model_copy(update={"ce_weight": 0.0})
         rate = position.next_rate(sum(example.num_tokens for example in batch))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        optimizer.zero_grad(set_to_none=True)
-        result = accumulate_gradients(
-            self.models, batch, stage, layout=self.layout, pad_id=self.pad_id, device=self.device,
-            use_bfloat16=self.use_bfloat16,
-        )  # fmt: skip
-        norm = float(torch.nn.utils.clip_grad_norm_(student.parameters(), stage.clip_norm or math.inf))
+        result, norm = self._gradients(batch, stage, optimizer)
         if not (math.isfinite(result.loss) and math.isfinite(norm)):
             names = ", ".join(example.prompt_id for example in batch)
             raise TrainingError(
@@ -192,6 +189,7 @@ class TrainingRun:
                 f"norm {norm}. The weights were not changed. Lower lr ({stage.lr}) or look at these prompts: {names}"
             )
         optimizer.step()
+        self._loss_scale.grow()
         self.trained_tokens += result.num_tokens
         position.advance(result.num_tokens)
         self.curve.append({
@@ -200,9 +198,24 @@ class TrainingRun:
             "tokens": self.trained_tokens, **(rolled.row() if rolled is not None else {}),
         })  # fmt: skip
 
+    def _gradients(
+        self, batch: Sequence[Example], stage: TrainStageSpec, optimizer: torch.optim.Optimizer
+    ) -> tuple[StepLoss, float]:
+        """A batch's loss with its clipped gradient in the student, and the gradient's norm; again while it overflows."""
+        while True:
+            optimizer.zero_grad(set_to_none=True)
+            result = accumulate_gradients(
+                self.models, batch, stage, layout=self.layout, pad_id=self.pad_id, device=self.device, dtype=self.dtype,
+                grad_scale=self._loss_scale.scale,
+            )  # fmt: skip
+            norm = self._loss_scale.unscaled_norm(self.models.student, stage.clip_norm)
+            if math.isfinite(norm) or not math.isfinite(result.loss) or not self._loss_scale.shrink():
+                return result, norm
+
     def _save(self, stage: int, step: int, optimizer: torch.optim.Optimizer) -> None:
         state = self.checkpoint_state | {
             "stage": stage, "step": step, "curve": self.curve, "trained_tokens": self.trained_tokens,
+            "loss_scale": self._loss_scale.state(),
         }  # fmt: skip
         save_checkpoint(self.checkpoint_dir, len(self.curve), self.models.student, optimizer, state, self._best.tensors)
 
@@ -215,21 +228,24 @@ def accumulate_gradients(
     layout: Layout,
     pad_id: int,
     device: str,
-    use_bfloat16: bool = False,
+    dtype: torch.dtype = torch.float32,
+    grad_scale: float = 1.0,
 ) -> StepLoss:
-    """Add the gradient of one global batch to the student's parameters, micro-batch by micro-batch.
+    """Add the gradient of one global batch, times ``grad_scale``, to the student's parameters, micro-batch by micro-batch.
 
     The same loss and gradient whatever ``stage.micro_batch_tokens`` and ``layout`` (to rounding).
     """
     num_tokens = sum(example.num_tokens for example in batch)
     sums = torch.zeros(3, device=device)
     for part in micro_batches(batch, layout=layout, max_tokens=stage.micro_batch_tokens, pad_id=pad_id):
-        sums += _micro_step(models, part.to(device), stage, num_tokens, use_bfloat16)
+        sums += _micro_step(models, part.to(device), stage, num_tokens, dtype, grad_scale)
     loss, kl, ce = sums.tolist()
     return StepLoss(loss, kl, ce, num_tokens)
 
 
-def _micro_step(models: ModelPair, part: MicroBatch, stage: TrainStageSpec, num_tokens: int, use_bfloat16: bool) -> Tensor:
+def _micro_step(
+    models: ModelPair, part: MicroBatch, stage: TrainStageSpec, num_tokens: int, dtype: torch.dtype, grad_scale: float
+) -> Tensor:
     device_type = part.token_ids_ST.device.type
     teacher_hidden_PH = None
     if stage.distills and stage.signal != "online":
@@ -237,13 +253,13 @@ def _micro_step(models: ModelPair, part: MicroBatch, stage: TrainStageSpec, num_
         sparse = models.signals.targets(stage.signal, stage.kd_temperature, part.signals.first_rows())
         part = replace(part, targets=replace(part.targets, sparse=sparse.to(part.token_ids_ST.device)))
     elif stage.distills:
-        with torch.inference_mode(), forward_precision(device_type, use_bfloat16):
+        with torch.inference_mode(), forward_precision(device_type, dtype):
             teacher_hidden_PH = hidden_states(models.teacher, part)
-    with forward_precision(device_type, use_bfloat16):
+    with forward_precision(device_type, dtype):
         hidden_PH = hidden_states(models.student, part)
-    if use_bfloat16:
-        hidden_PH = hidden_PH.to(torch.bfloat16)
-        teacher_hidden_PH = None if teacher_hidden_PH is None else teacher_hidden_PH.to(torch.bfloat16)
+    if dtype != torch.float32:
+        hidden_PH = hidden_PH.to(dtype)
+        teacher_hidden_PH = None if teacher_hidden_PH is None else teacher_hidden_PH.to(dtype)
     student_VH, teacher_VH = models.student_head_VH, models.teacher_head_VH if stage.needs_teacher else None
     if len(student_VH) != models.vocab_width:
         student_VH = student_VH[: models.vocab_width]
@@ -254,19 +270,10 @@ def _micro_step(models: ModelPair, part: MicroBatch, stage: TrainStageSpec, num_
         teacher_weight_VH=teacher_VH, options=stage.divergence_options,
         divergence=POLICY_GRADIENT if stage.objective == "policy_gradient" else stage.divergence,
         kd_temperature=stage.kd_temperature, ce_weight=stage.ce_weight if stage.distills else 1.0,
+        grad_scale=grad_scale,
     )  # fmt: skip
     result.loss.backward()  # type: ignore[no-untyped-call]
     return torch.stack([result.loss.detach(), result.divergence, result.cross_entropy])
-
-
-def make_optimizer(student: Any, stage: TrainStageSpec) -> torch.optim.Optimizer:
-    """AdamW in one fused pass; weight decay on matrices only."""
-    parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": stage.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=stage.lr, betas=ADAM_BETAS, fused=True)
 
 
 def step_examples(examples: ExampleSet, stage: TrainStageSpec, seed: int, step: int) -> list[Example]:

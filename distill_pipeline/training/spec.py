@@ -16,6 +16,8 @@ DataRef = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]+(_[a-z0-9]+)*/[a-
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd", "akl"]
 
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
 DIVERGENCE_OPTION: Mapping[str, Literal["alpha", "beta", "mu"]] = {
     "jsd": "beta", "skew_forward_kl": "alpha", "skew_reverse_kl": "alpha", "akl": "mu",
 }  # fmt: skip
@@ -121,8 +123,9 @@ class TrainStageSpec(Spec):
     batch_prompts: int = Field(16, ge=1, description="prompts an optimizer step, each with all its completions")
     micro_batch_tokens: int = Field(1024, ge=64, description="most tokens a forward pass; changes memory, never the result")
     lr: float = Field(3e-4, gt=0.0)
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     warmup_frac: float = Field(0.05, ge=0.0, lt=1.0)
+    decay_frac: float = Field(0.1, gt=0.0, le=1.0, description="the last part of the way, on which wsd falls to zero")
     weight_decay: float = Field(0.0, ge=0.0)
     clip_norm: float | None = Field(1.0, gt=0.0)
     early_stop: EarlyStopSpec | None = Field(None, description="end the stage earlier, by the student's held_out part")
@@ -146,7 +149,14 @@ class TrainStageSpec(Spec):
     @model_validator(mode="after")
     def _no_setting_in_vain(self) -> "TrainStageSpec":
         if vain := sorted(self._unread() & self.model_fields_set):
-            raise ValueError(f"{', '.join(vain)}: not read by method {self.method} with divergence {self.divergence}")
+            raise ValueError(
+                f"{', '.join(vain)}: not read by method {self.method} with divergence {self.divergence} and schedule "
+                f"{self.schedule}"
+            )
+        if self.schedule == "wsd" and self.warmup_frac + self.decay_frac > 1.0:
+            raise ValueError(
+                f"warmup_frac {self.warmup_frac} and decay_frac {self.decay_frac} are more than the whole way; lower one"
+            )
         if self.signal != "online" and (self.method, self.divergence) != ("logit_kd", "forward_kl"):
             raise ValueError(f"signal {self.signal} is for method logit_kd with divergence forward_kl")
         if self.method == "on_policy" and self.lambda_ == 1.0 and self.ce_weight > 0.0:
@@ -171,6 +181,7 @@ class TrainStageSpec(Spec):
     def _unread(self) -> set[str]:
         """Settings of other methods and divergences."""
         unread = {"alpha", "beta", "mu"} - (self.divergence_options.keys() if self.distills else set())
+        unread |= set() if self.schedule == "wsd" else {"decay_frac"}
         return unread if self.method == "on_policy" else unread | {"lambda_", "objective", "rollouts"}
 
     @model_serializer(mode="wrap")
@@ -185,6 +196,17 @@ def unasked(spec: Spec, names: Iterable[str]) -> set[str]:
     return {name for name in names if getattr(spec, name) == type(spec).model_fields[name].default}
 
 
+class LoraSpec(Spec):
+    """Low-rank adapters: only they are trained, and merged into the weights at the end."""
+
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32.0, gt=0.0, description="the adapters' product is multiplied by alpha / rank")
+    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="of the adapters' inputs; other micro-batches draw others")
+    target_modules: tuple[str, ...] | None = Field(
+        None, min_length=1, description="layers by the last part of their names; null is every linear layer but the head"
+    )
+
+
 class StudentSpec(Spec):
     """One student: its data (``teacher/filter``, several for several teachers), its first weights, its training."""
 
@@ -195,6 +217,13 @@ class StudentSpec(Spec):
         2048, ge=16, description="longest prompt plus completion in tokens; longer ones are left out, counted"
     )
     held_out: HeldOutSpec | None = Field(None, description="compare the student with its teacher while it is trained")
+    lora: LoraSpec | None = Field(None, description="train adapters instead of the weights themselves")
+    precision: Precision = Field(
+        "auto", description="of forward passes; auto is bf16 on CUDA, else fp32; weights and losses are always fp32"
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="keep only what enters each layer and compute the rest again: less memory, more time, same result"
+    )
 
     @model_validator(mode="after")
     def _first_stage_has_none_before(self) -> "StudentSpec":
@@ -224,7 +253,7 @@ class StudentSpec(Spec):
 
     @model_serializer(mode="wrap")
     def _without_unasked(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        hidden = unasked(self, ("held_out",))
+        hidden = unasked(self, ("held_out", "lora", "precision", "gradient_checkpointing"))
         return {name: value for name, value in handler(self).items() if name not in hidden}
 
     def signal_kinds(self) -> tuple[SignalKind, ...]:

@@ -32,11 +32,12 @@ from distill_pipeline.rendering import ChatRenderer
 from distill_pipeline.signals.files import Wanted
 from distill_pipeline.signals.spec import SignalsSpec
 from distill_pipeline.signals.table import SignalSource, StoredSignals, open_signals
+from distill_pipeline.training.adapters import add_adapters
 from distill_pipeline.training.batches import Example, ExampleSet, Layout, encode_examples, epoch_order
 from distill_pipeline.training.checkpoints import Checkpoint, latest_checkpoint, remove_checkpoints
 from distill_pipeline.training.head import plain_head
 from distill_pipeline.training.held_out import KL, TOP1, HeldOut, held_out_facts, split_held_out
-from distill_pipeline.training.layout import choose_layout
+from distill_pipeline.training.layout import choose_layout, compute_dtype
 from distill_pipeline.training.loop import ModelPair, TrainingRun
 from distill_pipeline.training.rollouts import StudentSampler, length_limit, rollout_facts
 from distill_pipeline.training.spec import ALGORITHM, StudentSpec
@@ -99,7 +100,7 @@ def train_student(
         work_dir: keeps checkpoints between runs; a run that was killed goes on from the last one.
         init_model: the folder of ``student.init.model``, else None.
         system: the teacher's system prompt.
-        device: a torch device or ``auto``; on CUDA forward passes are in bfloat16.
+        device: a torch device or ``auto``.
         checkpoint_seconds: at least so long between two checkpoints.
         signals, signal_sources: how teacher signals were captured and where they are, for stages that do not read them online.
     Raises:
@@ -127,14 +128,17 @@ def train_student(
     torch.manual_seed(seed)
     initial = _initial(student, teacher, init_model, text, seed, device, resume)
     progress(f"student: {initial.facts['parameters']:,} parameters, {initial.facts['share']:.0%} of the teacher's")
-    use_bfloat16 = torch.device(device).type == "cuda"
-    pair = _pair(initial.model, teacher if student.needs_teacher else None, text, device, use_bfloat16, stored)
+    dtype = compute_dtype(student.precision, device)
+    adapters = add_adapters(initial.model, student.lora, seed) if student.lora is not None else None
+    if student.gradient_checkpointing:
+        checkpoint_activations(initial.model)
+    pair = _pair(initial.model, teacher if student.needs_teacher else None, text, device, dtype, stored)
     models = [model for model in (pair.student, pair.teacher) if model is not None]
-    sampler, longest = _sampler(student, models, text, seed, use_bfloat16)
+    sampler, longest = _sampler(student, models, text, seed, dtype)
     layout, reason = choose_layout(models, longest)
     hash_before = parameters_sha256(pair.teacher) if pair.teacher is not None else None
     run = TrainingRun(
-        pair, student.stages, text.examples, layout, text.renderer.end_token_id, seed, device, use_bfloat16, checkpoint_dir,
+        pair, student.stages, text.examples, layout, text.renderer.end_token_id, seed, device, dtype, checkpoint_dir,
         {"run_key": run_key, "init": initial.facts}, checkpoint_seconds, progress, sampler,
         held_out=_held_out(student, pair, text, layout, device),
     )  # fmt: skip
@@ -142,17 +146,35 @@ def train_student(
     hash_after = parameters_sha256(pair.teacher) if pair.teacher is not None else None
     if hash_before != hash_after:
         raise TrainingError(f"the teacher {teacher.reference} changed while the student trained: {hash_before} to {hash_after}")
-    _write_student(pair.student, text.renderer.tokenizer, run.curve, out_dir)
+    trained = pair.student if adapters is None else adapters.merge()
+    _write_student(trained, text.renderer.tokenizer, run.curve, out_dir)
     remove_checkpoints(checkpoint_dir)
     shutil.rmtree(work_dir / "signals", ignore_errors=True)
     facts = initial.facts | _run_facts(run) | {
         "layout": layout, "layout_reason": reason, "tokenizer": text.owner, "renderer": text.renderer.fingerprint,
         "teacher_sha256_before": hash_before, "teacher_sha256_after": hash_after, "device": device,
-        "dtype": "bfloat16 forward, float32 weights" if use_bfloat16 else "float32",
+        "dtype": "float32" if dtype == torch.float32 else f"{dtype_name(dtype)} forward, float32 weights",
+        **({"lora": adapters.facts} if adapters is not None else {}),
         "resumed_from_step": len(resume.state["curve"]) if resume is not None else None,
         "stages": [stage.model_dump(mode="json") for stage in student.stages],
     }  # fmt: skip
     return Outcome(text.counts | {"steps": len(run.curve), "trained_tokens": run.trained_tokens}, facts)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``float16`` of ``torch.float16``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def checkpoint_activations(model: Any) -> None:
+    """In training, let ``model`` keep only what enters each layer, and compute the rest again in the backward pass.
+
+    Raises:
+        TrainingError: its architecture has no layers that can.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise TrainingError(f"{type(model).__name__} cannot compute its layers again; leave gradient_checkpointing out")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def parameters_sha256(model: Any) -> str:
@@ -224,13 +246,13 @@ def _initial(
 
 
 def _pair(
-    model: Any, teacher: ModelFolder | None, text: _Text, device: str, use_bfloat16: bool, signals: StoredSignals | None
+    model: Any, teacher: ModelFolder | None, text: _Text, device: str, dtype: torch.dtype, signals: StoredSignals | None
 ) -> ModelPair:
     """Student and teacher in memory, with their heads, or what was stored of the teacher."""
     head_VH = plain_head(model)
     width, frozen, teacher_head_VH = len(head_VH), None, None
     if teacher is not None:
-        frozen = load_model(teacher.path, device=device, dtype="bfloat16" if use_bfloat16 else "float32")
+        frozen = load_model(teacher.path, device=device, dtype=dtype_name(dtype))
         frozen.eval().requires_grad_(False)
         teacher_head_VH = plain_head(frozen)
         width = min(width, len(teacher_head_VH))
@@ -245,7 +267,7 @@ def _pair(
 
 
 def _sampler(
-    student: StudentSpec, models: Sequence[Any], text: _Text, seed: int, use_bfloat16: bool
+    student: StudentSpec, models: Sequence[Any], text: _Text, seed: int, dtype: torch.dtype
 ) -> tuple[StudentSampler | None, int]:
     """Who answers in on_policy stages, and the most tokens that any sequence of the training has."""
     longest = max([text.examples.longest(), *(len(e.prompt) + max(map(len, e.completions)) for e in text.held_out)])
@@ -255,7 +277,7 @@ def _sampler(
     longest_prompt = text.examples.longest_prompt()
     limit = length_limit(student.stages, models, max_length=student.max_length, longest_prompt=longest_prompt)
     rolled = min(limit, longest_prompt + max(stage.rollouts.max_tokens for stage in own))
-    sampler = StudentSampler(models[0], text.renderer, seed=seed, limit=limit, use_bfloat16=use_bfloat16)
+    sampler = StudentSampler(models[0], text.renderer, seed=seed, limit=limit, dtype=dtype)
     return sampler, max(longest, rolled)
 
 
