@@ -191,7 +191,9 @@ def _probe_teacher(pipeline: Pipeline, name: str, prompts: Sequence[dict[str, An
     from distill_pipeline.generation.stage import generate_outputs, missing_requests
 
     teacher = pipeline.experiment.teachers[name]
-    model = _work(pipeline, pipeline.node(f"teacher_outputs/{name}")).answering_model(name)
+    work = _work(pipeline, pipeline.node(f"teacher_outputs/{name}"))
+    work.teacher_terms(name)
+    model = work.answering_model(name)
     missing = missing_requests(
         prompts, teacher=teacher, model=model, generations_dir=pipeline.store.local_folder("generations"),
         device=pipeline.teacher_device, seed=pipeline.experiment.seed,

@@ -82,7 +82,8 @@ def report_student(work: Work, out_dir: Path) -> Outcome:
 
 
 TRAINING_FACTS = (
-    "initial_loss", "final_loss", "kept_layers", "layout", "tokens_per_second", "resumed_from_step", "rollouts", "held_out",
+    "untrained_loss", "initial_loss", "final_loss", "kept_layers", "layout", "tokens_per_second", "resumed_from_step",
+    "rollouts", "held_out",
 )  # fmt: skip
 
 

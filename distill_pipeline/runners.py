@@ -8,25 +8,25 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from distill_pipeline.generation.spec import TeacherSpec
+from distill_pipeline.cards.pieces import CARD
 from distill_pipeline.hashing import version_of
-from distill_pipeline.licenses import check_license
 from distill_pipeline.nodes import Stage
 from distill_pipeline.outcome import Outcome
 from distill_pipeline.storage.artifacts import Artifact
 from distill_pipeline.work import Work, evaluation_documents_of, protected_documents, protected_index
 
 if TYPE_CHECKING:
+    from distill_pipeline.models.resolve import ModelFolder
     from distill_pipeline.signals.table import SignalSource
 
 UNHASHED_FILES = frozenset(
-    {"report.html", "report.json", "comparison.html", "comparison.json", "leaderboard.json", "speed.parquet"}
+    {"report.html", "report.json", "comparison.html", "comparison.json", "leaderboard.json", "speed.parquet", CARD}
 )
-"""Files whose bytes hold times and costs: they are listed with their hashes but do not make a version."""
+"""Files that tell of an artifact, some with times and costs: they are listed with their hashes but do not make a version."""
 
 
 # --- what a stage depends on beside stored artifacts ---------------------------------------------------------------
@@ -51,20 +51,15 @@ def _filter_externals(work: Work) -> dict[str, str]:
     return found
 
 
-def _licensed_teacher(work: Work) -> TeacherSpec:
-    """The node's teacher. Raises what :func:`check_license` raises."""
-    teacher = work.experiment.teachers[work.teacher_name]
-    check_license(work.teacher_name, teacher.license, teacher.accept)
-    return teacher
-
-
 def _teacher_externals(work: Work) -> dict[str, str]:
-    teacher = _licensed_teacher(work)
+    work.teacher_terms(work.teacher_name)
+    teacher = work.experiment.teachers[work.teacher_name]
     return {f"model:{teacher.weights or teacher.model}": work.teacher_model().identity}
 
 
 def _outputs_externals(work: Work) -> dict[str, str]:
-    teacher = _licensed_teacher(work)
+    work.teacher_terms(work.teacher_name)
+    teacher = work.experiment.teachers[work.teacher_name]
     return {f"model:{teacher.model}": work.answering_model(work.teacher_name).identity}
 
 
@@ -116,15 +111,14 @@ def _run_teacher_outputs(work: Work, out_dir: Path, input_key: str) -> Outcome:
     from distill_pipeline.generation.stage import generate_outputs
 
     name = work.teacher_name
-    teacher = work.experiment.teachers[name]
+    teacher, terms = work.experiment.teachers[name], work.teacher_terms(name)
     model = work.answering_model(name)
     outcome = generate_outputs(
         work.input("prompt_pool").batches(), out_dir, teacher_name=name, teacher=teacher, model=model,
         generations_dir=work.store.local_folder("generations"), device=work.teacher_device, seed=work.experiment.seed,
-        progress=work.progress,
+        progress=work.progress, compute=work.experiment.compute,
     )  # fmt: skip
     identity = {"name": name, "model": teacher.model, "revision": model.revision, "identity": model.identity}
-    terms = check_license(name, teacher.license, teacher.accept)
     how = {"engine": teacher.engine, "trust_remote_code": teacher.trust_remote_code}
     return Outcome(outcome.counts, outcome.facts | {"teacher": identity | terms | how}, outcome.failed_gate)
 
@@ -157,8 +151,19 @@ def _run_filtered_set(work: Work, out_dir: Path, input_key: str) -> Outcome:
         counters={reference: ModelTokenCounter(work.model(reference).path) for reference in rule.tokenizers()},
         compute=work.experiment.compute,
     )  # fmt: skip
-    facts = outcome.facts | {"teacher": work.input("teacher_outputs").manifest.facts["teacher"]}
-    return Outcome(outcome.counts, facts, outcome.failed_gate)
+    return Outcome(outcome.counts, _told_of_set(work, out_dir, outcome.counts, outcome.facts), outcome.failed_gate)
+
+
+def _told_of_set(work: Work, out_dir: Path, counts: Mapping[str, int], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """A filtered set's facts with its teacher's; writes its card."""
+    from distill_pipeline.cards.data_card import write_data_card
+
+    teacher = work.input("teacher_outputs").manifest.facts["teacher"]
+    write_data_card(
+        out_dir, experiment=work.experiment.name, name=work.node.name.removeprefix("filtered_set/"), teacher=teacher,
+        rules=work.node.spec["filter"], pool_spec=work.input("prompt_pool").manifest.made.spec, counts=counts,
+    )  # fmt: skip
+    return {**facts, "teacher": teacher}
 
 
 def _run_teacher_signals(work: Work, out_dir: Path, input_key: str) -> Outcome:
@@ -181,15 +186,59 @@ def _run_student_checkpoint(work: Work, out_dir: Path, input_key: str) -> Outcom
     assert work.node.student is not None
     recipe = work.experiment.students[work.node.student]
     teacher = work.experiment.teachers[work.teacher_name]
-    sets = [artifact for name, artifact in work.inputs.items() if name.startswith("filtered_set/")]
+    sets = _sets(work)
     outcome = train_student(
         _training_rows(sets), out_dir, work.store.work_dir(work.node.name, input_key), student=recipe,
-        teacher=work.teacher_model(), init_model=work.model(recipe.init.model) if recipe.init.model else None,
-        system=teacher.system, device=work.student_device, seed=work.experiment.seed, progress=work.progress,
-        signals=work.experiment.signals, signal_sources=_signal_sources(work, sets),
+        teacher=work.teacher_model(), init_model=_init_model(work), system=teacher.system, device=work.student_device,
+        seed=work.experiment.seed, progress=work.progress, signals=work.experiment.signals,
+        signal_sources=_signal_sources(work, sets),
     )  # fmt: skip
-    teachers = {facts["name"]: facts for facts in (data.manifest.facts["teacher"] for data in sets)}
-    return Outcome(outcome.counts, outcome.facts | {"teachers": list(teachers.values())}, outcome.failed_gate)
+    return Outcome(outcome.counts, _told_of_student(work, out_dir, outcome.counts, outcome.facts), outcome.failed_gate)
+
+
+def _told_of_student(work: Work, out_dir: Path, counts: Mapping[str, int], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """A student's facts with those of its teachers and its name; writes its card."""
+    from distill_pipeline.cards.model_card import student_name, write_model_card
+
+    assert work.node.student is not None
+    experiment, student, sets = work.experiment.name, work.node.student, _sets(work)
+    init = work.experiment.students[student].init
+    teachers = list({facts["name"]: facts for facts in (data.manifest.facts["teacher"] for data in sets)}.values())
+    write_model_card(
+        out_dir, experiment=experiment, student=student, init=init.document(), teachers=teachers, sets=sets,
+        base=_init_model(work) or (work.teacher_model() if init.prune else None), counts=counts, facts=facts,
+        seed=work.experiment.seed,
+    )  # fmt: skip
+    return {**facts, "teachers": teachers, "published_name": student_name(experiment, student, teachers)}
+
+
+def _sets(work: Work) -> list[Artifact]:
+    """The filtered sets that a student is trained on."""
+    return [artifact for name, artifact in work.inputs.items() if name.startswith("filtered_set/")]
+
+
+def _init_model(work: Work) -> "ModelFolder | None":
+    """The model whose weights a student begins with, where it is not its teacher."""
+    reference = work.experiment.students[str(work.node.student)].init.model
+    return work.model(reference) if reference else None
+
+
+_TOLD: Mapping[Stage, Callable[[Work, Path, Mapping[str, int], Mapping[str, Any]], dict[str, Any]]] = {
+    "filtered_set": _told_of_set, "student_checkpoint": _told_of_student,
+}  # fmt: skip
+
+
+def told_anew(work: Work, found: Artifact) -> Artifact:
+    """A stored artifact, with card and facts renewed where its teachers' terms have changed since; its content stays."""
+    tell = _TOLD.get(work.node.stage)
+    if tell is None:
+        return found
+    with work.store.draft() as folder:
+        facts = tell(work, folder, found.manifest.counts, found.manifest.facts)
+        has_card = any(entry.path == CARD for entry in found.manifest.files)
+        if has_card and facts == found.manifest.facts:
+            return found
+        return work.store.retell(found, folder, facts, inputs=work.inputs.values())
 
 
 def _signal_sources(work: Work, sets: Iterable[Artifact]) -> "list[SignalSource]":

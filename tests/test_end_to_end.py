@@ -14,6 +14,7 @@ import yaml
 
 from distill_pipeline.errors import EmptyResultError, MissingInputError
 from distill_pipeline.experiment import load_experiment
+from distill_pipeline.lineage import lineage_lines, open_folder, trace
 from distill_pipeline.pipeline import Pipeline
 from distill_pipeline.storage.artifacts import Artifact, ArtifactStore
 
@@ -45,6 +46,7 @@ def score(doc, results):
 """
 
 
+CARDED = ("filtered_set/small/every", "student_checkpoint/scratch")
 EAGER = """\
 from functools import partial
 import distill_pipeline.generation.stage as generation
@@ -115,6 +117,31 @@ class World:
 @pytest.fixture
 def world(tmp_path: Path, tiny_teacher_dir: Path) -> World:
     return World(tmp_path, tiny_teacher_dir)
+
+
+def test_cards_tell_the_terms_and_make_no_version(world: World) -> None:
+    def made(reason: str | None) -> list[Artifact]:
+        world.document["teachers"]["small"] |= {"license": "llama3.1", "accept": reason}
+        world.save()
+        return [world.pipeline().make(name) for name in ("teacher_outputs/small", "scored_outputs/small", *CARDED)]
+
+    world.pipeline().make("prompt_pool")
+    *_, first_data, first_student = made(None)
+    cards = [Path(artifact.uri, "README.md").read_text() for artifact in (first_data, first_student)]
+    assert "# Llama\\-tiny\\-scratch\n" in cards[1]
+    assert first_student.manifest.facts["published_name"] == "Llama-tiny-scratch"
+    assert all("the student's name begins with Llama" in card for card in cards)
+    *_, data, student = made("so agreed in a letter")
+    assert (data.version, student.version) == (first_data.version, first_student.version), "cards are no content"
+    again = [Path(artifact.uri, "README.md").read_text() for artifact in (data, student)]
+    assert all("accepted because: so agreed in a letter" in card for card in again)
+    said = "\n".join(lineage_lines(trace(open_folder(Path(student.uri)))))
+    assert said.count("accepted because: so agreed in a letter") >= 2
+    assert "[verified]" in said
+    Path(student.uri, "README.md").write_text("another card")
+    assert trace(open_folder(Path(student.uri))).first_difference is not None
+    *_, data, student = made(None)
+    assert [Path(artifact.uri, "README.md").read_text() for artifact in (data, student)] == cards, "equal work, equal cards"
 
 
 def test_the_whole_graph_is_made_once_and_then_nothing_is_done(world: World) -> None:

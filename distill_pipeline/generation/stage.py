@@ -12,10 +12,11 @@ from typing import Any
 
 import pyarrow as pa
 
+from distill_pipeline.compute.spec import ComputeSpec
 from distill_pipeline.errors import EmptyResultError
 from distill_pipeline.generation.answering import AnsweringRun
 from distill_pipeline.generation.budget import Spending
-from distill_pipeline.generation.opening import TeacherModel, open_engine
+from distill_pipeline.generation.opening import HERE, TeacherModel, open_engine
 from distill_pipeline.generation.requests import family_of, request_key
 from distill_pipeline.generation.spec import TeacherSpec
 from distill_pipeline.generation.spool import spooled, windows
@@ -35,6 +36,7 @@ def generate_outputs(
     device: str,
     seed: int,
     progress: Progress,
+    compute: ComputeSpec = HERE,
     flush_rows: int = 2048,
     flush_seconds: float = 30.0,
 ) -> Outcome:
@@ -45,16 +47,18 @@ def generate_outputs(
         model: the folder of a model that runs here, or a model that a server has.
         generations_dir: where the answers of all runs are kept; the next run takes from there.
         device: a torch device or ``auto``.
+        compute: with ``engine: ray`` a model that runs here runs on the cluster instead; the rows are the same.
         flush_rows, flush_seconds: how much a crash can lose; batches in flight come on top.
     Returns:
         counts with ``expected == stopped + truncated + failed``, of which ``reused`` cost nothing; facts say the family, what
         differs from this teacher's last run, tokens, speed and cost.
     Raises:
+        ComputeError: a machine of the cluster was lost again and again, or does not fit; what was answered is stored.
         BudgetError: the teacher's budget does not hold what is missing; what it did hold is stored.
         EmptyResultError: the teacher answers no prompt of the pool.
         GenerationError: every single request failed, or a server is dead; the message gives the reason.
     """
-    engine = open_engine(teacher_name, teacher, model, device=device, seed=seed, progress=progress)
+    engine = open_engine(teacher_name, teacher, model, device=device, seed=seed, progress=progress, compute=compute)
     settings = engine.settings
     family = family_of(settings)
     store = GenerationStore(

@@ -61,9 +61,13 @@ class Example:
 
 
 class ExampleSet:
-    """All examples of a student, packed: indexable, four bytes a token."""
+    """All examples of a student, packed: indexable, four bytes a token.
+
+    ``own`` holds the same completions in the teacher's tokens, where a stage reads these.
+    """
 
     def __init__(self) -> None:
+        self.own: ExampleSet | None = None
         self._tokens = array("i")
         self._spans: list[array[int]] = []
         self._signal_rows: list[array[int]] = []
@@ -84,6 +88,8 @@ class ExampleSet:
         digest = hashlib.sha256(self._tokens.tobytes())
         for ends, prompt_id in zip(self._spans, self._prompt_ids, strict=True):
             digest.update(ends.tobytes() + prompt_id.encode())
+        if self.own is not None:
+            digest.update(self.own.fingerprint().encode())
         return digest.hexdigest()
 
     def longest(self) -> int:
@@ -108,12 +114,14 @@ SignalRow = Callable[[str, tuple[int, ...], tuple[int, ...]], int]
 
 
 def encode_examples(
-    batches: Iterable[pa.RecordBatch], renderer: ChatRenderer, *, max_length: int, signal_row: SignalRow | None = None
-) -> tuple[ExampleSet, dict[str, int]]:
+    batches: Iterable[pa.RecordBatch], renderer: ChatRenderer, *, max_length: int, signal_row: SignalRow | None = None,
+    own_renderer: ChatRenderer | None = None,
+) -> tuple[ExampleSet, dict[str, int]]:  # fmt: skip
     """Render training rows (TRAINING_SCHEMA) to examples, in their order.
 
     Args:
         signal_row: finds the examples' ``signal_rows``, where they have any.
+        own_renderer: the teacher's, for a stage that reads apart; completions must fit into ``max_length`` in both.
     Returns:
         The examples, and counts that add up: ``completions`` = ``trained_completions`` + ``too_long`` + ``no_tokens``;
         ``rows``, ``trained_rows`` (with at least one completion left) and ``data_tokens`` (completion tokens of one epoch).
@@ -121,11 +129,19 @@ def encode_examples(
         TrainingError: no token is left to train on.
     """
     examples = ExampleSet()
+    examples.own = None if own_renderer is None else ExampleSet()
     names = ("rows", "completions", "trained_rows", "trained_completions", "too_long", "no_tokens", "data_tokens")
     counts = dict.fromkeys(names, 0)
     for batch in batches:
         for row in batch.to_pylist():
             prompt, kept, left_out = encode_row(row, renderer, max_length=max_length)
+            own_prompt: tuple[int, ...] = ()
+            own_kept = dict[str, tuple[int, ...]]()
+            if own_renderer is not None:
+                own_prompt, pairs, _ = encode_row(row, own_renderer, max_length=max_length)
+                own_kept = dict(pairs)
+                left_out["too_long"] += sum(name not in own_kept for name, _ in kept)
+                kept = [(name, ids) for name, ids in kept if name in own_kept]
             counts["rows"] += 1
             counts["completions"] += len(row["completions"])
             counts["too_long"] += left_out["too_long"]
@@ -133,6 +149,8 @@ def encode_examples(
             if kept:
                 rows = () if signal_row is None else tuple(signal_row(name, prompt, ids) for name, ids in kept)
                 examples.append(Example(row["prompt_id"], prompt, tuple(ids for _, ids in kept), rows))
+                if examples.own is not None:
+                    examples.own.append(Example(row["prompt_id"], own_prompt, tuple(own_kept[name] for name, _ in kept)))
                 counts["trained_rows"] += 1
                 counts["trained_completions"] += len(kept)
                 counts["data_tokens"] += sum(len(ids) for _, ids in kept)

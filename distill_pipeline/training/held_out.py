@@ -114,11 +114,15 @@ def split_held_out(
     if part is None:
         return examples, [], dict(counts)
     training, held = ExampleSet(), list[Example]()
-    for example in (examples[index] for index in range(len(examples))):
+    training.own = None if examples.own is None else ExampleSet()
+    for index in range(len(examples)):
+        example = examples[index]
         if unit_interval(f"held_out:{example.prompt_id}") < part.fraction:
             held.append(example)
-        else:
-            training.append(example)
+            continue
+        training.append(example)
+        if training.own is not None and examples.own is not None:
+            training.own.append(examples.own[index])
     if not held or not len(training):
         raise TrainingError(
             f"held_out.fraction {part.fraction} holds out {len(held)} of {len(examples)} prompts, and both training and "

@@ -20,13 +20,16 @@ import torch
 from torch import Tensor
 
 from distill_pipeline.errors import TrainingError
+from distill_pipeline.models.output_head import OutputHead
 from distill_pipeline.outcome import Progress
 from distill_pipeline.signals.table import StoredSignals
+from distill_pipeline.training.apart import TeacherReading, read_apart
 from distill_pipeline.training.batches import Example, ExampleSet, Layout, MicroBatch, epoch_order, micro_batches
 from distill_pipeline.training.checkpoints import Checkpoint, save_checkpoint
 from distill_pipeline.training.head import POLICY_GRADIENT, head_loss
 from distill_pipeline.training.held_out import BestWeights, HeldOut, comparisons, has_settled, held_out_text
 from distill_pipeline.training.layout import forward_precision, hidden_states
+from distill_pipeline.training.measuring import prompts_without_numbers
 from distill_pipeline.training.optim import LossScale, make_optimizer
 from distill_pipeline.training.position import StagePosition
 from distill_pipeline.training.progress import StageClock
@@ -41,14 +44,15 @@ CHECKPOINT_SHARE = 0.05
 class ModelPair:
     """Student and frozen teacher (None where no stage needs one), with their heads; or what was stored of the teacher.
 
-    ``vocab_width`` is the narrower head's number of rows: the wider one is cut there, at padding that no token uses.
+    The student's head is cut to ``vocab_width`` rows, at padding that no token uses; the teacher's is cut already: to as many,
+    or where the two have different tokenizers to its own.
     """
 
     student: Any
-    student_head_VH: Tensor
+    student_head: OutputHead
     vocab_width: int
     teacher: Any = None
-    teacher_head_VH: Tensor | None = None
+    teacher_head: OutputHead | None = None
     signals: StoredSignals | None = None
 
 
@@ -181,12 +185,15 @@ class TrainingRun:
         rate = position.next_rate(sum(example.num_tokens for example in batch))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        result, norm = self._gradients(batch, stage, optimizer)
+        own = None
+        if stage.reads_apart and self.examples.own is not None:
+            own = step_examples(self.examples.own, stage, self.seed, position.step)
+        result, norm = self._gradients(batch, stage, optimizer, own)
         if not (math.isfinite(result.loss) and math.isfinite(norm)):
-            names = ", ".join(example.prompt_id for example in batch)
+            cause = self._cause(stage, batch if own is None else own)
             raise TrainingError(
                 f"stage {index + 1} ({stage.method}), after {position}: the loss is {result.loss} and the gradient "
-                f"norm {norm}. The weights were not changed. Lower lr ({stage.lr}) or look at these prompts: {names}"
+                f"norm {norm}. The weights were not changed. {cause}"
             )
         optimizer.step()
         self._loss_scale.grow()
@@ -199,18 +206,27 @@ class TrainingRun:
         })  # fmt: skip
 
     def _gradients(
-        self, batch: Sequence[Example], stage: TrainStageSpec, optimizer: torch.optim.Optimizer
+        self, batch: Sequence[Example], stage: TrainStageSpec, optimizer: torch.optim.Optimizer, own: Sequence[Example] | None
     ) -> tuple[StepLoss, float]:
         """A batch's loss with its clipped gradient in the student, and the gradient's norm; again while it overflows."""
         while True:
             optimizer.zero_grad(set_to_none=True)
             result = accumulate_gradients(
                 self.models, batch, stage, layout=self.layout, pad_id=self.pad_id, device=self.device, dtype=self.dtype,
-                grad_scale=self._loss_scale.scale,
+                grad_scale=self._loss_scale.scale, own=own,
             )  # fmt: skip
             norm = self._loss_scale.unscaled_norm(self.models.student, stage.clip_norm)
             if math.isfinite(norm) or not math.isfinite(result.loss) or not self._loss_scale.shrink():
                 return result, norm
+
+    def _cause(self, stage: TrainStageSpec, read: Sequence[Example]) -> str:
+        """Where a loss that is not a number comes from: the teacher's logits, if they are none, else perhaps the step."""
+        models, names = self.models, [example.prompt_id for example in read]
+        if stage.needs_teacher and models.teacher_head is not None:
+            faulty = prompts_without_numbers(models.teacher, models.teacher_head, read, dtype=self.dtype)
+            if faulty:
+                return f"The teacher's logits are not numbers on these prompts: {', '.join(faulty)}. Choose another teacher."
+        return f"Lower lr ({stage.lr}) or look at these prompts: {', '.join(names)}"
 
     def _save(self, stage: int, step: int, optimizer: torch.optim.Optimizer) -> None:
         state = self.checkpoint_state | {
@@ -230,28 +246,39 @@ def accumulate_gradients(
     device: str,
     dtype: torch.dtype = torch.float32,
     grad_scale: float = 1.0,
+    own: Sequence[Example] | None = None,
 ) -> StepLoss:
     """Add the gradient of one global batch, times ``grad_scale``, to the student's parameters, micro-batch by micro-batch.
 
     The same loss and gradient whatever ``stage.micro_batch_tokens`` and ``layout`` (to rounding).
+
+    Args:
+        own: the batch in the teacher's tokens, for a stage that reads apart; that one is always laid out ``plain``.
     """
     num_tokens = sum(example.num_tokens for example in batch)
-    sums = torch.zeros(3, device=device)
+    sums, reading = torch.zeros(3, device=device), None
+    if stage.reads_apart:
+        assert own is not None, "the run's examples were encoded twice"
+        layout, tokens = "plain", stage.micro_batch_tokens
+        batch, reading = read_apart(models.teacher, batch, own, max_tokens=tokens, device=device, dtype=dtype)
     for part in micro_batches(batch, layout=layout, max_tokens=stage.micro_batch_tokens, pad_id=pad_id):
-        sums += _micro_step(models, part.to(device), stage, num_tokens, dtype, grad_scale)
+        sums += _micro_step(models, part.to(device), stage, num_tokens, dtype, grad_scale, reading)
     loss, kl, ce = sums.tolist()
     return StepLoss(loss, kl, ce, num_tokens)
 
 
 def _micro_step(
-    models: ModelPair, part: MicroBatch, stage: TrainStageSpec, num_tokens: int, dtype: torch.dtype, grad_scale: float
-) -> Tensor:
+    models: ModelPair, part: MicroBatch, stage: TrainStageSpec, num_tokens: int, dtype: torch.dtype, grad_scale: float,
+    reading: TeacherReading | None,
+) -> Tensor:  # fmt: skip
     device_type = part.token_ids_ST.device.type
     teacher_hidden_PH = None
     if stage.distills and stage.signal != "online":
         assert models.signals is not None, "the run checked its parts"
         sparse = models.signals.targets(stage.signal, stage.kd_temperature, part.signals.first_rows())
         part = replace(part, targets=replace(part.targets, sparse=sparse.to(part.token_ids_ST.device)))
+    elif reading is not None:
+        teacher_hidden_PH, part = reading.of(part)
     elif stage.distills:
         with torch.inference_mode(), forward_precision(device_type, dtype):
             teacher_hidden_PH = hidden_states(models.teacher, part)
@@ -260,14 +287,10 @@ def _micro_step(
     if dtype != torch.float32:
         hidden_PH = hidden_PH.to(dtype)
         teacher_hidden_PH = None if teacher_hidden_PH is None else teacher_hidden_PH.to(dtype)
-    student_VH, teacher_VH = models.student_head_VH, models.teacher_head_VH if stage.needs_teacher else None
-    if len(student_VH) != models.vocab_width:
-        student_VH = student_VH[: models.vocab_width]
-    if teacher_VH is not None:
-        teacher_VH = teacher_VH[: models.vocab_width]
     result = head_loss(
-        hidden_PH, student_VH, part.targets, num_tokens=num_tokens, teacher_hidden_PH=teacher_hidden_PH,
-        teacher_weight_VH=teacher_VH, options=stage.divergence_options,
+        hidden_PH, models.student_head.cut(models.vocab_width), part.targets, num_tokens=num_tokens,
+        teacher_hidden_PH=teacher_hidden_PH, teacher_head=models.teacher_head if stage.needs_teacher else None,
+        options=stage.divergence_options,
         divergence=POLICY_GRADIENT if stage.objective == "policy_gradient" else stage.divergence,
         kd_temperature=stage.kd_temperature, ce_weight=stage.ce_weight if stage.distills else 1.0,
         grad_scale=grad_scale,

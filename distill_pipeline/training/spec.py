@@ -14,7 +14,7 @@ ALGORITHM = "student_checkpoint/1"
 DataRef = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]+(_[a-z0-9]+)*/[a-z0-9]+(_[a-z0-9]+)*$")]
 
 
-Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd", "akl"]
+Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd", "akl", "uld"]
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
@@ -24,11 +24,38 @@ DIVERGENCE_OPTION: Mapping[str, Literal["alpha", "beta", "mu"]] = {
 """The number that a divergence of :mod:`distill_pipeline.losses` takes beside the logits, where it takes one."""
 
 
-class PruneSpec(Spec):
-    """Drop layers of the teacher: those with the least block influence (1 - cosine of a layer's input and output)."""
+Layer = Annotated[int, Field(ge=0)]
 
-    layers: int = Field(ge=1, description="layers that stay")
-    by: Literal["block_influence"] = "block_influence"
+
+class PruneSpec(Spec):
+    """Drop layers of the teacher: as many as leave ``layers``, chosen ``by`` a measure, or those of a list.
+
+    ``block_influence`` drops the layers that turn their input least, each by itself; ``angular_distance`` drops the run of
+    neighbours that turns it least as a whole.
+    """
+
+    layers: int | None = Field(None, ge=1, description="layers that stay")
+    by: Literal["block_influence", "angular_distance"] = "block_influence"
+    keep: tuple[Layer, ...] | None = Field(None, min_length=1, description="the layers that stay, counted from 0")
+    drop: tuple[Layer, ...] | None = Field(None, min_length=1, description="the layers that go, counted from 0")
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> "PruneSpec":
+        given = [name for name in ("layers", "keep", "drop") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of layers, keep, drop (given: {', '.join(given) or 'none'})")
+        if self.layers is None and "by" in self.model_fields_set:
+            raise ValueError(f"by: not read where {given[0]} lists the layers")
+        for name in ("keep", "drop"):
+            listed = getattr(self, name) or ()
+            if list(listed) != sorted(set(listed)):
+                raise ValueError(f"{name} is {list(listed)}; list each layer once, in rising order")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_unread(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        hidden = {"keep", "drop"} if self.layers is not None else {"layers", "by"}
+        return {name: value for name, value in handler(self).items() if name not in hidden and value is not None}
 
 
 class ScratchSpec(Spec):
@@ -95,7 +122,8 @@ class TrainStageSpec(Spec):
     """One stage of a student's training. Stages run in order.
 
     ``sft`` learns the data's tokens and ``logit_kd`` the teacher's distribution on them; ``on_policy`` learns the teacher's
-    distribution on what the student itself answers to the data's prompts.
+    distribution on what the student itself answers to the data's prompts. With divergence ``uld`` the two models may have
+    different tokenizers.
     """
 
     method: Literal["sft", "logit_kd", "on_policy"]
@@ -141,6 +169,11 @@ class TrainStageSpec(Spec):
         return self.distills and self.signal == "online"
 
     @property
+    def reads_apart(self) -> bool:
+        """Whether student and teacher each read the data in their own tokens."""
+        return self.method == "logit_kd" and self.divergence == "uld"
+
+    @property
     def divergence_options(self) -> dict[str, float]:
         """The divergence's own number, by its name."""
         name = DIVERGENCE_OPTION.get(self.divergence)
@@ -159,6 +192,8 @@ class TrainStageSpec(Spec):
             )
         if self.signal != "online" and (self.method, self.divergence) != ("logit_kd", "forward_kl"):
             raise ValueError(f"signal {self.signal} is for method logit_kd with divergence forward_kl")
+        if self.divergence == "uld" and self.method == "on_policy":
+            raise ValueError("divergence uld pairs a teacher's answers in two tokenizations: it is for method logit_kd")
         if self.method == "on_policy" and self.lambda_ == 1.0 and self.ce_weight > 0.0:
             raise ValueError(f"ce_weight is {self.ce_weight}, but with lambda_ 1 no step sees the data's tokens")
         if self.objective == "policy_gradient":

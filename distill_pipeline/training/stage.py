@@ -8,13 +8,14 @@ likeliest, null between comparisons). Times and memory, which differ between equ
 ``speed.parquet`` (step, tokens_per_second, peak_memory_bytes), which makes no version.
 
 Decided: where student and teacher give the same meaning to every token id, both use the teacher's tokenizer and chat
-template, so they see the same tokens that generation saw. Otherwise the student keeps its own, and only sft is possible.
+template, so they see the same tokens that generation saw. Otherwise the student keeps its own, and only sft and logit_kd with
+divergence uld are possible.
 """
 
 import hashlib
 import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ import torch
 from distill_pipeline.errors import TrainingError, VocabularyMismatchError
 from distill_pipeline.hashing import version_of
 from distill_pipeline.models.load import load_model, load_tokenizer, resolve_device
+from distill_pipeline.models.output_head import output_head
 from distill_pipeline.models.resolve import ModelFolder
 from distill_pipeline.outcome import Outcome, Progress
 from distill_pipeline.rendering import ChatRenderer
@@ -34,17 +36,17 @@ from distill_pipeline.signals.spec import SignalsSpec
 from distill_pipeline.signals.table import SignalSource, StoredSignals, open_signals
 from distill_pipeline.training.adapters import add_adapters
 from distill_pipeline.training.batches import Example, ExampleSet, Layout, encode_examples, epoch_order
-from distill_pipeline.training.checkpoints import Checkpoint, latest_checkpoint, remove_checkpoints
-from distill_pipeline.training.head import plain_head
+from distill_pipeline.training.checkpoints import Checkpoint, latest_checkpoint, remove_checkpoints, written_or_removed
 from distill_pipeline.training.held_out import KL, TOP1, HeldOut, held_out_facts, split_held_out
 from distill_pipeline.training.layout import choose_layout, compute_dtype
 from distill_pipeline.training.loop import ModelPair, TrainingRun
+from distill_pipeline.training.measuring import mean_cross_entropy
 from distill_pipeline.training.rollouts import StudentSampler, length_limit, rollout_facts
 from distill_pipeline.training.spec import ALGORITHM, StudentSpec
 from distill_pipeline.training.student import InitialStudent, initial_student
 
 CALIBRATION_EXAMPLES = 24
-"""Prompts, with one completion each, on which block influence is measured."""
+"""Prompts, with one completion each, on which layers and the untrained student are measured."""
 
 CURVE_SCHEMA = pa.schema(
     [
@@ -68,10 +70,11 @@ _AS_DEFAULT = SignalsSpec()
 
 @dataclass(frozen=True)
 class _Text:
-    """Who reads the data: renderer, whose tokenizer it is, and the examples."""
+    """Who reads the data: renderer, whose tokenizer it is, the teacher's own for stages that read apart, and the examples."""
 
     renderer: ChatRenderer
     owner: str
+    own_renderer: ChatRenderer | None
     examples: ExampleSet
     held_out: list[Example]
     counts: dict[str, int]
@@ -104,18 +107,22 @@ def train_student(
         checkpoint_seconds: at least so long between two checkpoints.
         signals, signal_sources: how teacher signals were captured and where they are, for stages that do not read them online.
     Raises:
-        TrainingError: nothing to train on, an architecture this cannot train, or a loss that is not a number.
+        TrainingError: nothing to train on, an architecture this cannot train, a loss that is not a number, or a full disk.
         VocabularyMismatchError: a stage needs the teacher, and the models' token ids mean different things.
         ConfigError: rollouts do not fit the models' contexts.
         SignalMismatchError: teacher signals are missing, or belong to other tokens, settings or another teacher.
     """
     device = resolve_device(device)
     renderer, owner = _renderer(student, teacher, init_model, system)
+    own_renderer = None
+    if any(stage.reads_apart for stage in student.stages):
+        own_renderer = renderer if owner == "teacher" else ChatRenderer(load_tokenizer(teacher.path), system=system)
     stored = _stored_signals(student, renderer, signals, signal_sources, work_dir / "signals")
     examples, counts = encode_examples(
-        training_batches, renderer, max_length=student.max_length, signal_row=stored.row if stored else None
-    )
-    text = _Text(renderer, owner, *split_held_out(examples, counts, student.held_out))
+        training_batches, renderer, max_length=student.max_length, signal_row=stored.row if stored else None,
+        own_renderer=own_renderer,
+    )  # fmt: skip
+    text = _Text(renderer, owner, own_renderer, *split_held_out(examples, counts, student.held_out))
     run_key = version_of(
         {"algorithm": ALGORITHM, "student": student.document(), "teacher": teacher.identity, "seed": seed,
          "init_model": init_model.identity if init_model else None, "renderer": text.renderer.fingerprint,
@@ -133,6 +140,10 @@ def train_student(
     if student.gradient_checkpointing:
         checkpoint_activations(initial.model)
     pair = _pair(initial.model, teacher if student.needs_teacher else None, text, device, dtype, stored)
+    if resume is None:
+        initial.facts["untrained_loss"] = round(
+            mean_cross_entropy(pair.student, pair.student_head, _calibration(text, seed), pad_id=text.renderer.end_token_id), 6
+        )
     models = [model for model in (pair.student, pair.teacher) if model is not None]
     sampler, longest = _sampler(student, models, text, seed, dtype)
     layout, reason = choose_layout(models, longest)
@@ -147,7 +158,8 @@ def train_student(
     if hash_before != hash_after:
         raise TrainingError(f"the teacher {teacher.reference} changed while the student trained: {hash_before} to {hash_after}")
     trained = pair.student if adapters is None else adapters.merge()
-    _write_student(trained, text.renderer.tokenizer, run.curve, out_dir)
+    with written_or_removed(out_dir, "the student", checkpoint_dir):
+        _write_student(trained, text.renderer.tokenizer, run.curve, out_dir)
     remove_checkpoints(checkpoint_dir)
     shutil.rmtree(work_dir / "signals", ignore_errors=True)
     facts = initial.facts | _run_facts(run) | {
@@ -194,10 +206,12 @@ def _renderer(
     if init_model is not None:
         own = load_tokenizer(init_model.path)
         differing = different_ids(own.get_vocab(), tokenizer.get_vocab())
-        if differing and (student.held_out is not None or any(stage.distills for stage in student.stages)):
+        apart = all(stage.reads_apart for stage in student.stages if stage.distills)
+        if differing and (student.held_out is not None or not apart):
             raise VocabularyMismatchError(
                 f"{init_model.reference} and {teacher.reference} give different meanings to {len(differing)} token ids, for "
-                f"instance {', '.join(differing[:5])}. Use sft without held_out, or a student with the teacher's tokenizer."
+                f"instance {', '.join(differing[:5])}. Use sft or logit_kd with divergence uld, both without held_out, or "
+                "a student with the teacher's tokenizer."
             )
         if differing:
             tokenizer, owner = own, "student"
@@ -240,30 +254,40 @@ def _initial(
         facts = resume.state["init"]
         made = initial_student(student.init, teacher, init_model, [], seed, device, facts.get("kept_layers"))
         return InitialStudent(made.model, facts)
-    chosen = epoch_order(len(text.examples), seed=seed, epoch=0)[:CALIBRATION_EXAMPLES]
-    calibration = [[*text.examples[i].prompt, *text.examples[i].completions[0]] for i in chosen]
+    calibration = [[*example.prompt, *example.completions[0]] for example in _calibration(text, seed)]
     return initial_student(student.init, teacher, init_model, calibration, seed, device)
+
+
+def _calibration(text: _Text, seed: int) -> list[Example]:
+    """The prompts of the first steps, with one completion each."""
+    chosen = epoch_order(len(text.examples), seed=seed, epoch=0)[:CALIBRATION_EXAMPLES]
+    return [
+        replace(example, completions=example.completions[:1], signal_rows=()) for example in (text.examples[i] for i in chosen)
+    ]
 
 
 def _pair(
     model: Any, teacher: ModelFolder | None, text: _Text, device: str, dtype: torch.dtype, signals: StoredSignals | None
 ) -> ModelPair:
     """Student and teacher in memory, with their heads, or what was stored of the teacher."""
-    head_VH = plain_head(model)
-    width, frozen, teacher_head_VH = len(head_VH), None, None
+    head, frozen, teacher_head = output_head(model), None, None
+    own = text.own_renderer if text.owner == "student" else None  # the teacher's, where it is another than the student's
+    width = len(head)
     if teacher is not None:
         frozen = load_model(teacher.path, device=device, dtype=dtype_name(dtype))
         frozen.eval().requires_grad_(False)
-        teacher_head_VH = plain_head(frozen)
-        width = min(width, len(teacher_head_VH))
+        teacher_head = output_head(frozen)
+        width = width if own else min(width, len(teacher_head))
     if text.renderer.vocab_size > width:
         raise VocabularyMismatchError(
             f"the tokenizer has {text.renderer.vocab_size} ids and the models' heads only {width} in common. "
             "Choose a model whose embedding covers its tokenizer."
         )
-    if signals is not None:
-        width = text.renderer.vocab_size  # what signals are about: padding columns hold no token
-    return ModelPair(model, head_VH, width, frozen, teacher_head_VH, signals)
+    if signals is not None or own:
+        width = text.renderer.vocab_size  # what the teacher's side is about: padding columns hold no token
+    if teacher_head is not None:
+        teacher_head = teacher_head.cut(min(len(teacher_head), own.vocab_size) if own else width)
+    return ModelPair(model, head, width, frozen, teacher_head, signals)
 
 
 def _sampler(

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from distill_pipeline.errors import ConfigError, MissingExtraError
 from distill_pipeline.hashing import file_sha256
 from distill_pipeline.models.load import load_model
+from distill_pipeline.models.output_head import output_head
 from distill_pipeline.models.resolve import ModelFolder
 from distill_pipeline.training import loop
 from distill_pipeline.training.adapters import add_adapters
@@ -29,7 +30,7 @@ SMALL = LoraSpec(rank=2, alpha=8.0)
 
 
 def gradients_of(model: Any, teacher: Any) -> dict[str, torch.Tensor]:
-    pair = ModelPair(model, model.lm_head.weight, 40, teacher, teacher.lm_head.weight)
+    pair = ModelPair(model, output_head(model), 40, teacher, output_head(teacher))
     accumulate_gradients(
         pair, EXAMPLES, TrainStageSpec(method="logit_kd", ce_weight=0.4), layout="shared", pad_id=2, device="cpu"
     )

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill_pipeline.errors import TrainingError
+from distill_pipeline.models.output_head import output_head
 from distill_pipeline.rendering import ChatRenderer
 from distill_pipeline.training.batches import (
     Example,
@@ -40,7 +41,7 @@ STAGE = TrainStageSpec(method="logit_kd", ce_weight=0.4, kd_temperature=2.0)
 def models(random_model: Any) -> ModelPair:
     student, teacher = random_model(layers=2, seed=0), random_model(layers=3, seed=1)
     teacher.requires_grad_(False)
-    return ModelPair(student, student.lm_head.weight, 40, teacher, teacher.lm_head.weight)
+    return ModelPair(student, output_head(student), 40, teacher, output_head(teacher))
 
 
 def loss_and_gradients(models: ModelPair, examples: list[Example], **options: Any) -> tuple[float, list[torch.Tensor]]:

@@ -10,6 +10,7 @@ import torch
 
 from distill_pipeline.errors import TrainingError
 from distill_pipeline.hashing import file_sha256
+from distill_pipeline.models.output_head import output_head
 from distill_pipeline.models.resolve import ModelFolder
 from distill_pipeline.nodes import _deciding
 from distill_pipeline.training import loop, optim
@@ -28,7 +29,7 @@ SMALL = {"prune": {"layers": 1}}
 @pytest.fixture
 def models(random_model: Any) -> ModelPair:
     student, teacher = random_model(layers=3, seed=0), random_model(layers=3, seed=1).requires_grad_(False)
-    return ModelPair(student, student.lm_head.weight, 40, teacher, teacher.lm_head.weight)
+    return ModelPair(student, output_head(student), 40, teacher, output_head(teacher))
 
 
 def loss_and_gradient(models: ModelPair, **options: Any) -> tuple[float, torch.Tensor]:

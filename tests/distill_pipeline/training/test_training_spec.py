@@ -63,6 +63,8 @@ def test_what_a_stage_reads_is_in_its_document() -> None:
             {"method": "sft", "schedule": "wsd", "warmup_frac": 0.5, "decay_frac": 0.6},
             r"warmup_frac 0\.5 and decay_frac 0\.6 are more than the whole way",
         ),
+        ({"method": "on_policy", "divergence": "uld"}, "it is for method logit_kd"),
+        ({"method": "logit_kd", "divergence": "uld", "signal": "topk"}, "signal topk is for .* with divergence forward_kl"),
         ({"method": "on_policy", "rollouts": {"temperature": 0}}, "4 samples would be equal; set samples: 1"),
     ],
 )
