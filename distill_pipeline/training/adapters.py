@@ -28,7 +28,7 @@ class Adapters:
     def merge(self) -> Any:
         """The model as it began, with the adapters added to its weights: no module of peft is left in it."""
         model = self.tuner.merge_and_unload()
-        del model.peft_config
+        vars(model).pop("peft_config", None)  # which some versions of peft leave behind
         return model
 
 

@@ -186,7 +186,8 @@ def checkpoint_activations(model: Any) -> None:
     """
     if not model.supports_gradient_checkpointing:
         raise TrainingError(f"{type(model).__name__} cannot compute its layers again; leave gradient_checkpointing out")
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    enable = getattr(model, "activation_checkpointing_enable", None)  # its name since transformers 5.23
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def parameters_sha256(model: Any) -> str:
