@@ -45,7 +45,7 @@ def add_adapters(model: Any, lora: LoraSpec, seed: int) -> Adapters:
     except ImportError as err:
         raise MissingExtraError.of("lora", "peft", "lora") from err
     names = _target_names(model, lora)
-    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=names)  # type: ignore[arg-type]
+    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=names)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
