@@ -152,7 +152,7 @@ def _plan_teacher(
 ) -> tuple[PlanLine, TeacherProbe | None]:
     """Requests a teacher will be sent, and what a few of them took."""
     teacher = pipeline.experiment.teachers[name]
-    mine = [row for row in prompts if "*" in teacher.domains or row["domain"] in teacher.domains]
+    mine = [row for row in prompts if teacher.answers(row["domain"])]
     node, expected = f"teacher_outputs/{name}", len(mine) * teacher.sampling.n
     if teacher.server is not None and mine:
         return _plan_served(pipeline, name, mine), None
@@ -273,13 +273,14 @@ def _probe_student(pipeline: Pipeline, name: str, probe: TeacherProbe) -> tuple[
     work = _work(pipeline, node)
     pipeline.progress(f"probe: one step of {name}")
     rows = pa.RecordBatch.from_pylist(_training_rows(probe.training_rows), schema=TRAINING_SCHEMA)
+    system = pipeline.experiment.data_prompts(name, work.teacher_name).shared
     with tempfile.TemporaryDirectory() as folder:
         outcome = train_student(
             [rows], Path(folder, "out"), Path(folder, "work"),
             student=recipe.model_copy(update={"stages": steps, "held_out": None}), teacher=work.teacher_model(),
             init_model=work.model(recipe.init.model) if recipe.init.model else None,
-            system=pipeline.experiment.teachers[work.teacher_name].system, device=pipeline.student_device,
-            seed=pipeline.experiment.seed, progress=silent, signals=pipeline.experiment.signals,
+            system=system, device=pipeline.student_device, seed=pipeline.experiment.seed, progress=silent,
+            signals=pipeline.experiment.signals,
             signal_sources=_probe_signals(work, rows, recipe, Path(folder, "signals")),
         )  # fmt: skip
     facts = outcome.facts
@@ -298,7 +299,7 @@ def _probe_signals(work: Work, rows: pa.RecordBatch, recipe: StudentSpec, folder
     teacher, experiment = work.teacher_model(), work.experiment
     capture_signals(
         [rows], folder, folder / "work", signals=experiment.signals, kinds=recipe.signal_kinds(), max_length=recipe.max_length,
-        teacher=teacher, system=experiment.teachers[work.teacher_name].system, device=work.teacher_device,
+        teacher=teacher, system=experiment.teachers[work.teacher_name].system_prompts.shared, device=work.teacher_device,
         seed=experiment.seed, progress=silent,
     )  # fmt: skip
     return [SignalSource("of the probe", folder, teacher.identity)]

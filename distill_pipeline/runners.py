@@ -6,7 +6,6 @@ stage depends on beside stored artifacts (source files, models, evaluation docum
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +64,8 @@ def _outputs_externals(work: Work) -> dict[str, str]:
 
 def _student_externals(work: Work) -> dict[str, str]:
     assert work.node.student is not None
+    for name in work.experiment.teachers_of(work.node.student):
+        work.teacher_terms(name)
     found = _teacher_externals(work)
     init = work.experiment.students[work.node.student].init
     return found | ({f"model:{init.model}": work.model(init.model).identity} if init.model else {})
@@ -111,16 +112,21 @@ def _run_teacher_outputs(work: Work, out_dir: Path, input_key: str) -> Outcome:
     from distill_pipeline.generation.stage import generate_outputs
 
     name = work.teacher_name
-    teacher, terms = work.experiment.teachers[name], work.teacher_terms(name)
-    model = work.answering_model(name)
     outcome = generate_outputs(
-        work.input("prompt_pool").batches(), out_dir, teacher_name=name, teacher=teacher, model=model,
-        generations_dir=work.store.local_folder("generations"), device=work.teacher_device, seed=work.experiment.seed,
-        progress=work.progress, compute=work.experiment.compute,
+        work.input("prompt_pool").batches(), out_dir, teacher_name=name, teacher=work.experiment.teachers[name],
+        model=work.answering_model(name), generations_dir=work.store.local_folder("generations"), device=work.teacher_device,
+        seed=work.experiment.seed, progress=work.progress, compute=work.experiment.compute,
     )  # fmt: skip
+    return Outcome(outcome.counts, _told_of_outputs(work, out_dir, outcome.counts, outcome.facts), outcome.failed_gate)
+
+
+def _told_of_outputs(work: Work, out_dir: Path, counts: Mapping[str, int], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts of a teacher's outputs with who it is and its terms."""
+    name = work.teacher_name
+    teacher, model = work.experiment.teachers[name], work.answering_model(name)
     identity = {"name": name, "model": teacher.model, "revision": model.revision, "identity": model.identity}
     how = {"engine": teacher.engine, "trust_remote_code": teacher.trust_remote_code}
-    return Outcome(outcome.counts, outcome.facts | {"teacher": identity | terms | how}, outcome.failed_gate)
+    return {**facts, "teacher": identity | work.teacher_terms(name) | how}
 
 
 def _run_scored_outputs(work: Work, out_dir: Path, input_key: str) -> Outcome:
@@ -168,30 +174,34 @@ def _told_of_set(work: Work, out_dir: Path, counts: Mapping[str, int], facts: Ma
 
 def _run_teacher_signals(work: Work, out_dir: Path, input_key: str) -> Outcome:
     from distill_pipeline.training.capture import capture_signals
+    from distill_pipeline.training.reading import rows_under_prompts
 
     data = work.input("filtered_set")
+    prompts = work.experiment.teachers[work.teacher_name].system_prompts
+    system, rows = rows_under_prompts([(_training_rows(data), prompts)])
     kinds, max_length = work.experiment.wanted_signals()[work.node.name.split("/", 1)[1]]
     outcome = capture_signals(
-        _training_rows([data]), out_dir, work.store.work_dir(work.node.name, input_key), signals=work.experiment.signals,
-        kinds=kinds, max_length=max_length, teacher=work.teacher_model(),
-        system=work.experiment.teachers[work.teacher_name].system, device=work.teacher_device, seed=work.experiment.seed,
-        progress=work.progress,
+        rows, out_dir, work.store.work_dir(work.node.name, input_key), signals=work.experiment.signals, kinds=kinds,
+        max_length=max_length, teacher=work.teacher_model(), system=system, device=work.teacher_device,
+        seed=work.experiment.seed, progress=work.progress,
     )  # fmt: skip
     return Outcome(outcome.counts, outcome.facts | {"teacher": data.manifest.facts["teacher"]}, outcome.failed_gate)
 
 
 def _run_student_checkpoint(work: Work, out_dir: Path, input_key: str) -> Outcome:
+    from distill_pipeline.training.reading import rows_under_prompts
     from distill_pipeline.training.stage import train_student
 
     assert work.node.student is not None
-    recipe = work.experiment.students[work.node.student]
-    teacher = work.experiment.teachers[work.teacher_name]
+    student, recipe = work.node.student, work.experiment.students[work.node.student]
     sets = _sets(work)
+    system, rows = rows_under_prompts(
+        (_training_rows(data), work.experiment.data_prompts(student, data.name.split("/")[1])) for data in sets
+    )
     outcome = train_student(
-        _training_rows(sets), out_dir, work.store.work_dir(work.node.name, input_key), student=recipe,
-        teacher=work.teacher_model(), init_model=_init_model(work), system=teacher.system, device=work.student_device,
-        seed=work.experiment.seed, progress=work.progress, signals=work.experiment.signals,
-        signal_sources=_signal_sources(work, sets),
+        rows, out_dir, work.store.work_dir(work.node.name, input_key), student=recipe, teacher=work.teacher_model(),
+        init_model=_init_model(work), system=system, device=work.student_device, seed=work.experiment.seed,
+        progress=work.progress, signals=work.experiment.signals, signal_sources=_signal_sources(work, sets, system),
     )  # fmt: skip
     return Outcome(outcome.counts, _told_of_student(work, out_dir, outcome.counts, outcome.facts), outcome.failed_gate)
 
@@ -224,7 +234,7 @@ def _init_model(work: Work) -> "ModelFolder | None":
 
 
 _TOLD: Mapping[Stage, Callable[[Work, Path, Mapping[str, int], Mapping[str, Any]], dict[str, Any]]] = {
-    "filtered_set": _told_of_set, "student_checkpoint": _told_of_student,
+    "teacher_outputs": _told_of_outputs, "filtered_set": _told_of_set, "student_checkpoint": _told_of_student,
 }  # fmt: skip
 
 
@@ -235,26 +245,28 @@ def told_anew(work: Work, found: Artifact) -> Artifact:
         return found
     with work.store.draft() as folder:
         facts = tell(work, folder, found.manifest.counts, found.manifest.facts)
-        has_card = any(entry.path == CARD for entry in found.manifest.files)
+        has_card = {entry.name for entry in folder.iterdir()} <= {entry.path for entry in found.manifest.files}
         if has_card and facts == found.manifest.facts:
             return found
         return work.store.retell(found, folder, facts, inputs=work.inputs.values())
 
 
-def _signal_sources(work: Work, sets: Iterable[Artifact]) -> "list[SignalSource]":
-    """Where the signals of each set lie that the student reads, beside who wrote its completions."""
+def _signal_sources(work: Work, sets: Iterable[Artifact], system: str | None) -> "list[SignalSource]":
+    """Where the signals of each set lie that the student reads, beside who wrote its completions, and under what."""
     from distill_pipeline.signals.table import SignalSource
 
     found = []
     for data in sets:
         name = data.name.replace("filtered_set/", "teacher_signals/")
         if name in work.inputs:
-            found.append(SignalSource(name, work.inputs[name].local_dir(), data.manifest.facts["teacher"]["identity"]))
+            own = None if system is not None else work.experiment.teachers[data.name.split("/")[1]].system_prompts.shared
+            identity = data.manifest.facts["teacher"]["identity"]
+            found.append(SignalSource(name, work.inputs[name].local_dir(), identity, own))
     return found
 
 
-def _training_rows(sets: Iterable[Artifact]) -> Iterator[pa.RecordBatch]:
-    return chain.from_iterable(data.batches(prefix="train-") for data in sets)
+def _training_rows(data: Artifact) -> Iterator[pa.RecordBatch]:
+    return data.batches(prefix="train-")
 
 
 def _run_eval_report(work: Work, out_dir: Path, input_key: str) -> Outcome:

@@ -25,7 +25,7 @@ def open_engine(
     progress: Progress = silent,
     compute: ComputeSpec = HERE,
 ) -> Engine:
-    """The engine of a teacher.
+    """The engine of a teacher. Where its system prompts differ by domain, conversations must carry theirs.
 
     Args:
         name: what messages call it.
@@ -37,8 +37,8 @@ def open_engine(
         from distill_pipeline.generation.server.engine import ServerEngine
 
         return ServerEngine(
-            model, name=name, sampling=teacher.sampling, seed=seed, system=teacher.system, extra_body=teacher.extra_body,
-            logprobs=teacher.logprobs, progress=progress,
+            model, name=name, sampling=teacher.sampling, seed=seed, system=teacher.system_prompts.shared,
+            extra_body=teacher.extra_body, logprobs=teacher.logprobs, progress=progress,
         )  # fmt: skip
     from distill_pipeline.generation.local import LocalEngine
 
@@ -46,8 +46,8 @@ def open_engine(
     if is_elsewhere and device == "auto":
         device = "cuda" if compute.gpus_per_engine else "cpu"
     engine = LocalEngine(
-        model, sampling=teacher.sampling, seed=seed, device=device, system=teacher.system, batch_tokens=teacher.batch_tokens,
-        trust_remote_code=teacher.trust_remote_code, is_elsewhere=is_elsewhere,
+        model, sampling=teacher.sampling, seed=seed, device=device, system=teacher.system_prompts.shared,
+        batch_tokens=teacher.batch_tokens, trust_remote_code=teacher.trust_remote_code, is_elsewhere=is_elsewhere,
     )  # fmt: skip
     if not is_elsewhere:
         return engine

@@ -1,6 +1,7 @@
 """How near a student comes to its teacher while it learns: prompts that train nothing, and when their divergence falls no more.
 
-Which prompts are held out follows from the hash of each prompt alone, so a prompt stays on its side when others come or go.
+Which prompts are held out follows from the hash of each prompt alone, so a prompt stays on its side when others come or go,
+and so do its answers and its reasonings where these are two tasks.
 Measuring draws no random number and touches no weight: a run that measures often ends with the weights of one that does not.
 
 Decided: a stage that may stop early ends with the weights of its least divergence, whether it stopped or ran its whole way.
@@ -24,6 +25,7 @@ from distill_pipeline.training.batches import Example, ExampleSet, Layout, micro
 from distill_pipeline.training.checkpoints import model_tensors, put_tensors
 from distill_pipeline.training.layout import place_logits
 from distill_pipeline.training.position import StagePosition
+from distill_pipeline.training.reading import REASONING_TASK
 from distill_pipeline.training.spec import EarlyStopSpec, HeldOutSpec
 
 KL, TOP1 = "held_out_kl", "held_out_top1"
@@ -117,7 +119,7 @@ def split_held_out(
     training.own = None if examples.own is None else ExampleSet()
     for index in range(len(examples)):
         example = examples[index]
-        if unit_interval(f"held_out:{example.prompt_id}") < part.fraction:
+        if unit_interval(f"held_out:{example.prompt_id.removesuffix(REASONING_TASK)}") < part.fraction:
             held.append(example)
             continue
         training.append(example)

@@ -37,7 +37,8 @@ def prompts_without_numbers(model: Any, head: OutputHead, examples: Sequence[Exa
 def _has_finite_logits(model: Any, head: OutputHead, example: Example, dtype: torch.dtype) -> bool:
     with torch.inference_mode(), forward_precision(model.device.type, dtype):
         for part in micro_batches([example], layout="plain", max_tokens=MEASURED_TOKENS, pad_id=0):
-            for hidden_CH in hidden_states(model, part.to(str(model.device))).split(CHUNK_TOKENS):  # type: ignore[no-untyped-call]
-                if not bool(head.logits(hidden_CH).isfinite().all()):
+            hidden_PH = hidden_states(model, part.to(str(model.device)))
+            for start in range(0, len(hidden_PH), CHUNK_TOKENS):
+                if not bool(head.logits(hidden_PH[start : start + CHUNK_TOKENS]).isfinite().all()):
                     return False
     return True

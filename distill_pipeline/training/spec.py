@@ -1,6 +1,6 @@
 """The ``students`` part of an experiment file."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, StringConstraints, model_serializer, model_validator
@@ -156,7 +156,9 @@ class TrainStageSpec(Spec):
     decay_frac: float = Field(0.1, gt=0.0, le=1.0, description="the last part of the way, on which wsd falls to zero")
     weight_decay: float = Field(0.0, ge=0.0)
     clip_norm: float | None = Field(1.0, gt=0.0)
-    early_stop: EarlyStopSpec | None = Field(None, description="end the stage earlier, by the student's held_out part")
+    early_stop: EarlyStopSpec | None = Field(
+        None, exclude_if=lambda value: value is None, description="end the stage earlier, by the student's held_out part"
+    )
 
     @property
     def distills(self) -> bool:
@@ -222,13 +224,8 @@ class TrainStageSpec(Spec):
     @model_serializer(mode="wrap")
     def _without_unread(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Settings that this stage does not read decide nothing, so they are in no manifest and no version."""
-        hidden = self._unread() | unasked(self, ("keep_optimizer", "early_stop"))
+        hidden = self._unread() | (set() if self.keep_optimizer else {"keep_optimizer"})
         return {name: value for name, value in handler(self).items() if name not in hidden}
-
-
-def unasked(spec: Spec, names: Iterable[str]) -> set[str]:
-    """Those of some fields that have their default: they are in no document, so that it is as it was before they existed."""
-    return {name for name in names if getattr(spec, name) == type(spec).model_fields[name].default}
 
 
 class LoraSpec(Spec):
@@ -248,17 +245,53 @@ class StudentSpec(Spec):
     data: tuple[DataRef, ...] = Field(min_length=1)
     init: InitSpec
     stages: tuple[TrainStageSpec, ...] = Field(min_length=1)
+    system: Literal["teacher", "none"] = Field(
+        "teacher", exclude_if=lambda value: value == "teacher",
+        description="system prompts it reads the data under: the teacher's, or none, so that they become part of the weights",
+    )  # fmt: skip
+    target: Literal["trace", "answer", "both"] = Field(
+        "trace", exclude_if=lambda value: value == "trace",
+        description="what it learns to write: the whole trace, the answer alone, or answer and reasoning as two tasks",
+    )  # fmt: skip
+    answer_weight: float = Field(
+        0.5, gt=0.0, lt=1.0, exclude_if=lambda value: value == 0.5,
+        description="with target both: the answers' share of the loss, each task's loss being the mean over its tokens",
+    )  # fmt: skip
     max_length: int = Field(
         2048, ge=16, description="longest prompt plus completion in tokens; longer ones are left out, counted"
     )
-    held_out: HeldOutSpec | None = Field(None, description="compare the student with its teacher while it is trained")
-    lora: LoraSpec | None = Field(None, description="train adapters instead of the weights themselves")
+    held_out: HeldOutSpec | None = Field(
+        None, exclude_if=lambda value: value is None, description="compare it with its teacher while it is trained"
+    )
+    lora: LoraSpec | None = Field(
+        None, exclude_if=lambda value: value is None, description="train adapters instead of the weights themselves"
+    )
     precision: Precision = Field(
-        "auto", description="of forward passes; auto is bf16 on CUDA, else fp32; weights and losses are always fp32"
-    )
+        "auto", exclude_if=lambda value: value == "auto",
+        description="of forward passes; auto is bf16 on CUDA, else fp32; weights and losses are always fp32",
+    )  # fmt: skip
     gradient_checkpointing: bool = Field(
-        False, description="keep only what enters each layer and compute the rest again: less memory, more time, same result"
-    )
+        False, exclude_if=lambda value: value is False,
+        description="keep only what enters each layer and compute the rest again: less memory, more time, same result",
+    )  # fmt: skip
+
+    @model_validator(mode="after")
+    def _settings_fit_the_stages(self) -> "StudentSpec":
+        if "answer_weight" in self.model_fields_set and self.target != "both":
+            raise ValueError(f"answer_weight is for target both; the target is {self.target}")
+        for index, stage in enumerate(self.stages):
+            if self.system == "none" and stage.distills:
+                raise ValueError(
+                    f"system none is for sft: in stages.{index} ({stage.method}) the teacher reads the student's own tokens, "
+                    "so it would not know the system prompt either"
+                )
+            if self.target != "trace" and stage.signal != "online":
+                raise ValueError(
+                    f"target {self.target}: the signals of stages.{index} are stored for whole traces; use signal: online"
+                )
+            if self.target == "both" and stage.method == "on_policy":
+                raise ValueError(f"target both: stages.{index} (on_policy) answers prompts itself; use trace or answer")
+        return self
 
     @model_validator(mode="after")
     def _first_stage_has_none_before(self) -> "StudentSpec":
@@ -286,10 +319,11 @@ class StudentSpec(Spec):
                 )
         return self
 
-    @model_serializer(mode="wrap")
-    def _without_unasked(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        hidden = unasked(self, ("held_out", "lora", "precision", "gradient_checkpointing"))
-        return {name: value for name, value in handler(self).items() if name not in hidden}
+    @property
+    def method(self) -> str:
+        """How it is trained, in a word a stage, and what sets it apart from a student of whole traces under system prompts."""
+        marks = [self.target] * (self.target != "trace") + ["untold"] * (self.system == "none")
+        return "+".join(dict.fromkeys([*(stage.method for stage in self.stages), *marks]))
 
     def signal_kinds(self) -> tuple[SignalKind, ...]:
         """The kinds of stored teacher signals that the stages read."""

@@ -30,6 +30,7 @@ from distill_pipeline.models.load import load_model, load_tokenizer, resolve_dev
 from distill_pipeline.models.output_head import output_head
 from distill_pipeline.models.resolve import ModelFolder
 from distill_pipeline.outcome import Outcome, Progress
+from distill_pipeline.reasoning import opening_of
 from distill_pipeline.rendering import ChatRenderer
 from distill_pipeline.signals.files import Wanted
 from distill_pipeline.signals.spec import SignalsSpec
@@ -41,6 +42,7 @@ from distill_pipeline.training.held_out import KL, TOP1, HeldOut, held_out_facts
 from distill_pipeline.training.layout import choose_layout, compute_dtype
 from distill_pipeline.training.loop import ModelPair, TrainingRun
 from distill_pipeline.training.measuring import mean_cross_entropy
+from distill_pipeline.training.reading import rows_for_target, weigh_tasks
 from distill_pipeline.training.rollouts import StudentSampler, length_limit, rollout_facts
 from distill_pipeline.training.spec import ALGORITHM, StudentSpec
 from distill_pipeline.training.student import InitialStudent, initial_student
@@ -102,7 +104,7 @@ def train_student(
         training_batches: rows of TRAINING_SCHEMA, in a fixed order.
         work_dir: keeps checkpoints between runs; a run that was killed goes on from the last one.
         init_model: the folder of ``student.init.model``, else None.
-        system: the teacher's system prompt.
+        system: the system prompt of conversations that do not begin with one.
         device: a torch device or ``auto``.
         checkpoint_seconds: at least so long between two checkpoints.
         signals, signal_sources: how teacher signals were captured and where they are, for stages that do not read them online.
@@ -118,11 +120,15 @@ def train_student(
     if any(stage.reads_apart for stage in student.stages):
         own_renderer = renderer if owner == "teacher" else ChatRenderer(load_tokenizer(teacher.path), system=system)
     stored = _stored_signals(student, renderer, signals, signal_sources, work_dir / "signals")
+    opened = "" if student.target == "trace" else opening_of(renderer)
+    rows = rows_for_target(training_batches, student.target, opened=opened)
     examples, counts = encode_examples(
-        training_batches, renderer, max_length=student.max_length, signal_row=stored.row if stored else None,
-        own_renderer=own_renderer,
-    )  # fmt: skip
-    text = _Text(renderer, owner, own_renderer, *split_held_out(examples, counts, student.held_out))
+        rows, renderer, max_length=student.max_length, signal_row=stored.row if stored else None, own_renderer=own_renderer
+    )
+    training, held_out, counts = split_held_out(examples, counts, student.held_out)
+    if student.target == "both":
+        counts |= {f"{task}_tokens": number for task, number in weigh_tasks(training, student.answer_weight).items()}
+    text = _Text(renderer, owner, own_renderer, training, held_out, counts)
     run_key = version_of(
         {"algorithm": ALGORITHM, "student": student.document(), "teacher": teacher.identity, "seed": seed,
          "init_model": init_model.identity if init_model else None, "renderer": text.renderer.fingerprint,
@@ -234,7 +240,7 @@ def _stored_signals(
         for stage in student.stages
         if stage.signal != "online"
     ]  # fmt: skip
-    return open_signals(sources, list(dict.fromkeys(wanted)), folder)
+    return open_signals(sources, list(dict.fromkeys(wanted)), folder, renderer.template_under)
 
 
 def different_ids(student_vocab: dict[str, int], teacher_vocab: dict[str, int]) -> list[str]:

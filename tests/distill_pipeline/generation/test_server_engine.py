@@ -421,6 +421,10 @@ def scripted(message: dict[str, Any], reason: str | None = "stop", **more: Any) 
         ({"content": "2 and 2</think>4"}, "stop", "2 and 2", "4"),
         ({"content": "4", "reasoning_content": "a </think> b"}, "stop", "a  b", "4"),
         ({"content": None, "reasoning_content": "2 and"}, "length", "2 and", ""),
+        ({"content": "<think>2 and 2</think>4", "reasoning_content": "2 and 2"}, "stop", "2 and 2", "4"),
+        ({"content": [{"type": "thinking", "thinking": [{"type": "text", "text": "2 and 2"}]},
+                      {"type": "text", "text": "4"}]}, "stop", "2 and 2", "4"),
+        ({"content": [{"text": "4"}], "reasoning": [{"text": "2 and "}, {"text": "2"}]}, "stop", "2 and 2", "4"),
         ({"content": "4", "reasoning_content": None}, "stop", None, "4"),
     ],
 )  # fmt: skip
@@ -485,3 +489,9 @@ def test_requests_carry_the_settings_and_the_system_prompt(bench: Bench, server:
         "model": MODEL, "max_completion_tokens": 32, "temperature": 0.7, "top_k": 7, "n": 2, "chat_template_kwargs": {"x": 1},
         "messages": [{"role": "system", "content": "be brief"}, {"role": "user", "content": questions(1)[0]}],
     }  # fmt: skip
+
+
+def test_a_server_is_told_the_system_prompt_of_each_prompts_domain(bench: Bench, server: FakeServer) -> None:
+    bench.run(questions(2), server.url, n=1, system="be brief", systems={"sums": "count", "words": None})
+    assert [body["messages"][0] for body in server.bodies] == [{"role": "system", "content": "count"}] * 2
+    assert all(len(body["messages"]) == 2 for body in server.bodies)

@@ -20,6 +20,7 @@ from distill_pipeline.outcome import Outcome
 from distill_pipeline.training import loop
 from distill_pipeline.training.batches import Example, ExampleSet, encode_examples
 from distill_pipeline.training.held_out import BestWeights, has_settled, split_held_out, teacher_agreement
+from distill_pipeline.training.reading import REASONING_TASK
 from distill_pipeline.training.spec import EarlyStopSpec, HeldOutSpec, StudentSpec
 from distill_pipeline.training.stage import train_student
 
@@ -64,6 +65,8 @@ def test_a_prompt_stays_on_its_side_when_others_come_and_nothing_is_lost() -> No
     assert {example.prompt_id for example in few} == held & set(names[:100])
     assert {training[i].prompt_id for i in range(len(training))} == set(names) - held
     assert 30 < len(held) < 70
+    _, tasks, _ = split_held_out(*examples_of(*(f"{name}{REASONING_TASK}" for name in names)), part)
+    assert {example.prompt_id.removesuffix(REASONING_TASK) for example in tasks} == held
     assert counts["held_out_rows"] + counts["trained_rows"] == 200
     assert counts["held_out_completions"] + counts["trained_completions"] == 400
     assert counts["data_tokens"] == 3 * len(training)
