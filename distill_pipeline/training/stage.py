@@ -217,8 +217,8 @@ def _renderer(
         if differing and (student.held_out is not None or not apart):
             raise VocabularyMismatchError(
                 f"{init_model.reference} and {teacher.reference} give different meanings to {len(differing)} token ids, for "
-                f"instance {', '.join(differing[:5])}. Use sft or logit_kd with divergence uld, both without held_out, or "
-                "a student with the teacher's tokenizer."
+                f"instance {', '.join(differing[:5])}. Use sft, logit_kd with divergence uld, or a student with "
+                "the teacher's tokenizer; and no held_out, which compares the two token by token."
             )
         if differing:
             tokenizer, owner = own, "student"

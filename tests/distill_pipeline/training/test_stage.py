@@ -373,6 +373,8 @@ def test_token_ids_with_two_meanings_are_refused_by_name(
         train(make_student(KD, init={"model": "other"}), init_model=other)
     with pytest.raises(VocabularyMismatchError, match="different meanings to 2 token ids"):
         train(make_student(SFT, OWN, init={"model": "other"}), init_model=other)
+    with pytest.raises(VocabularyMismatchError, match="and no held_out, which compares the two token by token"):
+        train(make_student(SFT, init={"model": "other"}, held_out={}), init_model=other)
     outcome = train(make_student(SFT, init={"model": "other"}), init_model=other)
     assert outcome.facts["tokenizer"] == "student"
 
