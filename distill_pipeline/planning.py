@@ -33,7 +33,10 @@ ROW_OVERHEAD_BYTES = 300
 """Ids, counts and keys of a stored completion beside its text, compressed."""
 BYTES_A_TOKEN = 4.5
 TRAINING_COPIES = 4
-"""A student's weights on disk, in float32 copies: the finished model, and a checkpoint with weights and two Adam moments."""
+"""A student's weights on disk, in float32 copies: the finished model, and a checkpoint with weights and two Adam moments.
+
+Of a student with adapters only the finished model counts: checkpoints hold the adapters alone.
+"""
 
 
 @dataclass(frozen=True)
@@ -243,7 +246,8 @@ def _plan_student(pipeline: Pipeline, name: str, prompts: Sequence[dict[str, Any
     recipe = pipeline.experiment.students[name]
     a_prompt = sum(_most_a_prompt(pipeline, reference) for reference in recipe.data)
     tokens_a_row = None if probe is None else probe.tokens_per_row
-    loads = [stage_load(stage, len(prompts), a_prompt, tokens_a_row) for stage in recipe.stages]
+    training = round(len(prompts) * (1.0 - (recipe.held_out.fraction if recipe.held_out else 0.0)))
+    loads = [stage_load(stage, training, a_prompt, tokens_a_row) for stage in recipe.stages]
     rows, rolled = sum(load.rows for load in loads), sum(load.rollouts for load in loads)
     note = "if the filter accepts everything"
     if rolled:
@@ -252,7 +256,7 @@ def _plan_student(pipeline: Pipeline, name: str, prompts: Sequence[dict[str, Any
     if probe is None:
         return PlanLine(f"student_checkpoint/{name}", rows, tokens, 0, None, note)
     seconds_a_token, parameters = _probe_student(pipeline, name, probe)
-    size = parameters * 4 * TRAINING_COPIES
+    size = parameters * 4 * (TRAINING_COPIES if recipe.lora is None else 1)
     seconds = sum(load.tokens * cost for load, cost in zip(loads, seconds_a_token, strict=True))
     return PlanLine(f"student_checkpoint/{name}", rows, tokens, size, seconds, note)
 
@@ -262,7 +266,7 @@ def _probe_student(pipeline: Pipeline, name: str, probe: TeacherProbe) -> tuple[
     from distill_pipeline.training.stage import train_student
 
     recipe = pipeline.experiment.students[name]
-    one_step: dict[str, Any] = {"max_steps": 1, "batch_prompts": PROBE_PROMPTS}
+    one_step: dict[str, Any] = {"max_steps": 1, "batch_prompts": PROBE_PROMPTS, "early_stop": None}
     own = one_step | {"lambda_": 1.0}
     steps = tuple(s.model_copy(update=own if s.method == "on_policy" and s.lambda_ else one_step) for s in recipe.stages)
     node = pipeline.node(f"student_checkpoint/{name}")
@@ -272,8 +276,8 @@ def _probe_student(pipeline: Pipeline, name: str, probe: TeacherProbe) -> tuple[
     system = pipeline.experiment.data_prompts(name, work.teacher_name).shared
     with tempfile.TemporaryDirectory() as folder:
         outcome = train_student(
-            [rows], Path(folder, "out"), Path(folder, "work"), student=recipe.model_copy(update={"stages": steps}),
-            teacher=work.teacher_model(),
+            [rows], Path(folder, "out"), Path(folder, "work"),
+            student=recipe.model_copy(update={"stages": steps, "held_out": None}), teacher=work.teacher_model(),
             init_model=work.model(recipe.init.model) if recipe.init.model else None,
             system=system, device=pipeline.student_device, seed=pipeline.experiment.seed, progress=silent,
             signals=pipeline.experiment.signals,

@@ -63,7 +63,7 @@ def report_student(work: Work, out_dir: Path) -> Outcome:
             role: found for role, artifact in measured.items() if (found := artifact.read_json("held_out.json")) is not None
         },
         init=work.experiment.students[student].init.document(),
-        curve=[row for batch in checkpoint.batches(prefix="curve") for row in batch.to_pylist()],
+        curve=_curve(checkpoint),
         training={**counts, **{key: facts[key] for key in TRAINING_FACTS if key in facts}},
         teachers=facts["teachers"],
         lineage=[checkpoint.as_ancestor.model_dump(), *(a.model_dump() for a in checkpoint.manifest.lineage)],
@@ -85,8 +85,14 @@ def report_student(work: Work, out_dir: Path) -> Outcome:
 
 TRAINING_FACTS = (
     "untrained_loss", "initial_loss", "final_loss", "kept_layers", "layout", "tokens_per_second", "resumed_from_step",
-    "rollouts",
+    "rollouts", "held_out",
 )  # fmt: skip
+
+
+def _curve(checkpoint: Artifact) -> list[dict[str, Any]]:
+    """Training by step: what equal runs share, and beside it how fast this one was."""
+    speed = {row["step"]: row for row in checkpoint.rows(prefix="speed")}
+    return [row | speed.get(row["step"], {}) for row in checkpoint.rows(prefix="curve")]
 
 
 def _origins(work: Work, checkpoint: Artifact) -> dict[str, Any]:

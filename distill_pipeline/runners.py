@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from distill_pipeline.models.resolve import ModelFolder
     from distill_pipeline.signals.table import SignalSource
 
-UNHASHED_FILES = frozenset({"report.html", "report.json", "comparison.html", "comparison.json", "leaderboard.json", CARD})
+UNHASHED_FILES = frozenset(
+    {"report.html", "report.json", "comparison.html", "comparison.json", "leaderboard.json", "speed.parquet", CARD}
+)
 """Files that tell of an artifact, some with times and costs: they are listed with their hashes but do not make a version."""
 
 

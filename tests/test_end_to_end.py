@@ -205,6 +205,30 @@ def test_students_of_stored_signals_are_planned_made_once_and_traced(world: Worl
         world.pipeline().make("student_checkpoint/topk")
 
 
+def test_a_measured_student_of_adapters_is_planned_made_once_and_reported(world: World) -> None:
+    from distill_pipeline.planning import plan_experiment
+
+    recipe = world.document["students"]["kl"]
+    recipe |= {"held_out": {"fraction": 0.2, "every": 2}, "lora": {"rank": 2}, "gradient_checkpointing": True}
+    recipe["stages"][0] |= {"early_stop": {"patience": 2}, "schedule": "wsd"}
+    world.save()
+    lines = {line.node: line for line in plan_experiment(world.pipeline())}
+    assert lines["student_checkpoint/kl"].seconds is not None
+    assert lines["student_checkpoint/kl"].rows < lines["student_checkpoint/scratch"].rows
+    made = world.make_all()
+    assert all(artifact.reused for artifact in world.make_all().values())
+    student, report = made["student_checkpoint/kl"], made["eval_report/kl"]
+    assert student.manifest.counts["held_out_rows"] > 0
+    curve = report.read_json("report.json")["curve"]
+    assert {"held_out_kl", "held_out_top1", "tokens_per_second", "peak_memory_bytes"} <= curve[-1].keys()
+    assert "Same likeliest token as the teacher, held out" in (report.local_dir() / "report.html").read_text()
+    again = world.pipeline(force=True).make("student_checkpoint/kl")
+    assert again.version == student.version
+    recipe["gradient_checkpointing"] = False
+    world.save()
+    assert world.pipeline().make("student_checkpoint/kl").reused
+
+
 def test_two_teachers_answer_their_own_domains_and_a_student_of_both_has_each_row_from_its_teacher(
     world: World, tiny_model_dir: Path
 ) -> None:

@@ -14,7 +14,15 @@ from typing import Any
 
 from distill_pipeline.records import FUNNEL
 from distill_pipeline.report.comparison import contrast_students, init_text, is_share_headline, shared_warnings
-from distill_pipeline.report.figures import count_rows, curve_plot, difference_row, gap_ruler, histogram_bars, score_chart
+from distill_pipeline.report.figures import (
+    count_rows,
+    curve_panels,
+    curve_plot,
+    difference_row,
+    gap_ruler,
+    histogram_bars,
+    score_chart,
+)
 from distill_pipeline.report.funnel import (
     funnel_rows,
     histogram_rows,
@@ -55,6 +63,7 @@ def student_html(report: Mapping[str, Any]) -> str:
         tiles=_tiles(report), documents=number(models["student"]["n"]) if models["student"]["n"] else "",
         scores=score_chart(rows, is_share=is_share), ruler=gap_ruler(gap, gap["n"]),
         table=_task_rows(report), held_out=_held_out_rows(report), plot=curve_plot(report["curve"]),
+        panels=curve_panels(report["curve"]),
         training=[(name.replace("_", " "), _plain(value)) for name, value in report["training"].items()],
         cost=_cost_rows(report["cost"]), funnel=[_funnel_stage(stage) for stage in report["funnel"]],
         filters=[_filter_part(name, facts) for name, facts in report["filters"].items() if facts["funnel"]],

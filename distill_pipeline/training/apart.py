@@ -36,7 +36,7 @@ class TeacherReading:
 
 
 def read_apart(
-    teacher: Any, batch: Sequence[Example], own: Sequence[Example], *, max_tokens: int, device: str, use_bfloat16: bool
+    teacher: Any, batch: Sequence[Example], own: Sequence[Example], *, max_tokens: int, device: str, dtype: torch.dtype
 ) -> tuple[list[Example], TeacherReading]:
     """Let the teacher read a step's completions.
 
@@ -59,7 +59,7 @@ def read_apart(
     hidden_MH = torch.zeros(starts[-1], width, device=device)
     is_paired_M = torch.zeros(starts[-1], dtype=torch.bool, device=device)
     for part in micro_batches(theirs, layout="plain", max_tokens=max_tokens, pad_id=0):
-        with torch.inference_mode(), forward_precision(torch.device(device).type, use_bfloat16):
+        with torch.inference_mode(), forward_precision(torch.device(device).type, dtype):
             hidden_PH = hidden_states(teacher, part.to(device))
         row_P = torch.from_numpy(part.signals.first_rows()).to(device)
         hidden_MH[row_P] = hidden_PH.float()

@@ -1,7 +1,8 @@
 """Checkpoints of a running training: everything needed to go on as if nothing had happened.
 
-A checkpoint is a folder ``step-00000012`` with ``model.safetensors``, ``optimizer.safetensors``, ``random.safetensors`` and
-``state.json``, which holds the data position, the curve so far and the SHA-256 of the three. It is written under another name,
+A checkpoint is a folder ``step-00000012`` with ``model.safetensors``, ``optimizer.safetensors``, ``random.safetensors``, in a
+stage that may stop early ``best.safetensors`` (its best weights so far), and
+``state.json``, which holds the data position, the curve so far and the SHA-256 of the others. It is written under another name,
 synced and renamed, so that it is whole or absent; one whose hashes do not fit is skipped with a word. Nothing is pickled.
 The last two are kept, also where the disk is too full for a third. A checkpoint of other data or settings is not used: its
 run key differs.
@@ -28,6 +29,7 @@ from distill_pipeline.storage.files import sync
 
 KEPT = 2
 STATE = "state.json"
+BEST = "best.safetensors"
 PREFIX = "step-"
 TEMPORARY = ".tmp-"
 
@@ -41,11 +43,7 @@ class Checkpoint:
 
     def restore(self, model: Any, optimizer: torch.optim.Optimizer | None) -> None:
         """Put weights, optimizer state and random state back, bit for bit."""
-        own = model_tensors(model)
-        saved = load_file(self.folder / "model.safetensors", device=str(model.device))
-        with torch.no_grad():
-            for name, tensor in own.items():
-                tensor.copy_(saved[name])
+        put_tensors(model, load_file(self.folder / "model.safetensors", device=str(model.device)))
         if optimizer is not None:
             _load_optimizer(optimizer, load_file(self.folder / "optimizer.safetensors", device=str(model.device)))
         random = load_file(self.folder / "random.safetensors")
@@ -53,8 +51,19 @@ class Checkpoint:
         if "cuda" in random and torch.cuda.is_available():
             torch.cuda.set_rng_state(random["cuda"])
 
+    def best_tensors(self) -> dict[str, Tensor] | None:
+        """What was given to ``save_checkpoint`` as ``best``."""
+        return load_file(self.folder / BEST) if (self.folder / BEST).exists() else None
 
-def save_checkpoint(folder: Path, step: int, model: Any, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> Path:
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Any],
+    best: Mapping[str, Tensor] | None = None,
+) -> Path:
     """Write the checkpoint of ``step`` (over all stages) below ``folder`` and drop older ones; returns its folder.
 
     Raises:
@@ -65,7 +74,7 @@ def save_checkpoint(folder: Path, step: int, model: Any, optimizer: torch.optim.
         shutil.rmtree(torn, ignore_errors=True)
     with written_or_removed(temporary, f"the checkpoint of step {step}", folder):
         temporary.mkdir(parents=True)
-        _write_files(temporary, model, optimizer, state)
+        _write_files(temporary, model, optimizer, state, best)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
         sync(folder)
@@ -93,7 +102,13 @@ def written_or_removed(target: Path, what: str, checkpoints: Path) -> Iterator[N
         ) from err
 
 
-def _write_files(folder: Path, model: Any, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+def _write_files(
+    folder: Path,
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Any],
+    best: Mapping[str, Tensor] | None,
+) -> None:
     random = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available() and model.device.type == "cuda":
         random["cuda"] = torch.cuda.get_rng_state()
@@ -102,6 +117,8 @@ def _write_files(folder: Path, model: Any, optimizer: torch.optim.Optimizer, sta
         "optimizer.safetensors": optimizer_tensors(optimizer),
         "random.safetensors": random,
     }
+    if best is not None:
+        files[BEST] = dict(best)
     hashes = {}
     for name, tensors in files.items():
         save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, folder / name)
@@ -131,10 +148,17 @@ def remove_checkpoints(folder: Path) -> None:
 
 
 def model_tensors(model: Any) -> dict[str, Tensor]:
-    """Parameters (tied ones once) and saved buffers by name."""
+    """What training changes, by name: parameters that are trained (tied ones once) and saved buffers."""
     saved = set(model.state_dict())
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in saved}
-    return dict(model.named_parameters()) | buffers
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad} | buffers
+
+
+def put_tensors(model: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Copy into a model what :func:`model_tensors` gave of it, or of one like it."""
+    with torch.no_grad():
+        for name, tensor in model_tensors(model).items():
+            tensor.copy_(tensors[name])
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

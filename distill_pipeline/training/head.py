@@ -96,6 +96,7 @@ def head_loss(
     kd_temperature: float = 1.0,
     ce_weight: float = 1.0,
     chunk_tokens: int = CHUNK_TOKENS,
+    grad_scale: float = 1.0,
 ) -> HeadLoss:
     """(1 - ce_weight) kd_temperature^2 divergence + ce_weight cross-entropy, summed and divided by ``num_tokens``.
 
@@ -108,6 +109,7 @@ def head_loss(
         teacher_hidden_PH, teacher_head: both or none; without them and without sparse targets the loss is cross-entropy
             alone (ce_weight 1).
         divergence, options: a name of :mod:`distill_pipeline.losses` with its own number, or ``policy_gradient``.
+        grad_scale: gradients come out so many times as large (the loss does not), for dtypes that would lose small ones.
     Raises:
         ValueError: a teacher is missing although ce_weight is below 1, there are two sources of the divergence, or the
             vocabularies' widths differ (other than for ``uld``).
@@ -121,7 +123,7 @@ def head_loss(
             raise ValueError(f"ce_weight is {ce_weight}, but there is no teacher to take the other share from")
     elif len(teacher_head) != len(head) and divergence != "uld":
         raise ValueError(f"the heads have {len(head)} and {len(teacher_head)} rows: cut both to one width")
-    settings = (num_tokens, divergence, dict(options or {}), kd_temperature, ce_weight, chunk_tokens)
+    settings = (num_tokens, divergence, dict(options or {}), kd_temperature, ce_weight, chunk_tokens, grad_scale)
     loss, kl, ce = _HeadLoss.apply(  # type: ignore[no-untyped-call]
         hidden_PH, head.weight_VH, head.bias_V, head, teacher_hidden_PH, teacher_head, targets, settings
     )
@@ -139,9 +141,9 @@ class _HeadLoss(torch.autograd.Function):
         teacher_hidden_PH: Tensor | None,
         teacher_head: OutputHead | None,
         targets: Targets,
-        settings: tuple[float, str, dict[str, float], float, float, int],
+        settings: tuple[float, str, dict[str, float], float, float, int, float],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        num_tokens, divergence, options, kd_temperature, ce_weight, chunk_tokens = settings
+        num_tokens, divergence, options, kd_temperature, ce_weight, chunk_tokens, grad_scale = settings
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         matrix_VH = weight_VH.to(hidden_PH.dtype)
         teacher_VH = None if teacher_head is None else teacher_head.weight_VH.to(teacher_hidden_PH.dtype)  # type: ignore[union-attr]
@@ -156,7 +158,7 @@ class _HeadLoss(torch.autograd.Function):
             teacher_CV = None if teacher_VH is None else teacher_hidden_PH[start:stop] @ teacher_VH.T  # type: ignore[index]
             sums += _losses_in_place(
                 logits_CV, head, teacher_CV, teacher_head, targets.cut(start, stop), divergence, options, kd_temperature,
-                ce_weight, 1.0 / num_tokens,
+                ce_weight, grad_scale / num_tokens,
             )  # fmt: skip
             if grad_hidden_PH is not None:
                 torch.mm(logits_CV, matrix_VH, out=grad_hidden_PH[start:stop])

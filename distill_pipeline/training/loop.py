@@ -6,7 +6,7 @@ losses as one that was not. Where a stage asks for it, the student first answers
 those of its own tokens. A loss or gradient that is not a number stops the run before the weights are touched.
 
 Decided: AdamW with one state per stage, or that of the stage before where asked; no weight decay on vectors (norms, biases);
-weights and losses in float32, on CUDA the forward passes in bfloat16. Given up: training a model that does not fit one device.
+weights and losses in float32, forward passes in what ``precision`` says. Given up: a model that does not fit one device.
 """
 
 import math
@@ -27,17 +27,17 @@ from distill_pipeline.training.apart import TeacherReading, read_apart
 from distill_pipeline.training.batches import Example, ExampleSet, Layout, MicroBatch, epoch_order, micro_batches
 from distill_pipeline.training.checkpoints import Checkpoint, save_checkpoint
 from distill_pipeline.training.head import POLICY_GRADIENT, head_loss
+from distill_pipeline.training.held_out import BestWeights, HeldOut, comparisons, has_settled, held_out_text
 from distill_pipeline.training.layout import forward_precision, hidden_states
 from distill_pipeline.training.measuring import prompts_without_numbers
+from distill_pipeline.training.optim import LossScale, make_optimizer
 from distill_pipeline.training.position import StagePosition
-from distill_pipeline.training.rollouts import StudentSampler, answers_itself, rollouts_text
+from distill_pipeline.training.progress import StageClock
+from distill_pipeline.training.rollouts import StudentSampler, answers_itself
 from distill_pipeline.training.spec import TrainStageSpec
 
-PROGRESS_SECONDS = 5.0
 CHECKPOINT_SHARE = 0.05
 """Most of the training time that checkpoints may take: a slow disk makes them rarer."""
-
-ADAM_BETAS = (0.9, 0.95)
 
 
 @dataclass(frozen=True)
@@ -77,13 +77,16 @@ class TrainingRun:
     pad_id: int
     seed: int
     device: str
-    use_bfloat16: bool
+    dtype: torch.dtype
+    """Of forward passes."""
     checkpoint_dir: Path
     checkpoint_state: dict[str, Any]
     checkpoint_seconds: float
     progress: Progress
     sampler: StudentSampler | None = None
     """Answers the prompts of on_policy stages."""
+    held_out: HeldOut | None = None
+    """What the student is compared with its teacher on."""
     curve: list[dict[str, Any]] = field(default_factory=list)
     trained_tokens: int = 0
     first_tokens: int = 0
@@ -91,6 +94,9 @@ class TrainingRun:
     stage_seconds: list[float] = field(default_factory=list)
     """Of each stage, as far as this process trained it."""
     _optimizer: torch.optim.Optimizer | None = None
+    _loss_scale: LossScale = field(init=False)
+    _best: BestWeights = field(default_factory=BestWeights)
+    """Of a stage that may stop early, while it runs."""
 
     def run(self, resume: Checkpoint | None) -> None:
         """Train all stages; ``curve`` then has one row a step. With ``resume``, go on where that checkpoint stopped.
@@ -100,9 +106,11 @@ class TrainingRun:
         """
         self._check_parts()
         first_stage = first_step = 0
+        self._loss_scale = LossScale.of(self.dtype)
         if resume is not None:
             self.curve, self.trained_tokens = list(resume.state["curve"]), resume.state["trained_tokens"]
             self.first_tokens = self.trained_tokens
+            self._loss_scale = LossScale(**resume.state["loss_scale"])
             first_stage, first_step = resume.state["stage"], resume.state["step"]
         self.stage_seconds = [0.0] * len(self.stages)
         for index in range(first_stage, len(self.stages)):
@@ -111,6 +119,7 @@ class TrainingRun:
     def _check_parts(self) -> None:
         for index, stage in enumerate(self.stages):
             for part, needed, there in (
+                ("a held-out part", stage.early_stop is not None, self.held_out is not None),
                 ("a teacher", stage.needs_teacher, self.models.teacher is not None),
                 ("teacher signals", stage.signal != "online", self.models.signals is not None),
                 ("a sampler", stage.method == "on_policy", self.sampler is not None),
@@ -123,52 +132,63 @@ class TrainingRun:
         optimizer = make_optimizer(student, stage)
         if resume is not None:
             resume.restore(student, optimizer if first_step or stage.keep_optimizer else None)
+            self._best = BestWeights(resume.best_tensors())
         elif stage.keep_optimizer and self._optimizer is not None:
             optimizer.state.update(self._optimizer.state)
         self._optimizer = optimizer
         before = next((row["tokens"] for row in reversed(self.curve) if row["stage"] < index), 0)
         position = StagePosition.of(stage, len(self.examples), step=first_step, tokens=self.trained_tokens - before)
-        saved_at = spoke_at = start = time.monotonic()
-        tokens_before, share_before, pause = self.trained_tokens, position.share, self.checkpoint_seconds
+        clock, saved_at, pause = StageClock(position, self.trained_tokens), time.monotonic(), self.checkpoint_seconds
         student.train()
-        while not position.is_over:
+        settled = self._is_settled(index)
+        while not (position.is_over or settled):
             batch = step_examples(self.examples, stage, self.seed, position.step)
             self._train_step(index, position, batch, optimizer)
+            self.curve[-1] |= clock.step(self.trained_tokens, self.device)
+            settled = self._compare(index, position)
+            if line := clock.line(position, self.curve, self.sampler):
+                self.progress(line)
             now = time.monotonic()
-            if now - spoke_at >= PROGRESS_SECONDS or position.is_over:
-                rate = (self.trained_tokens - tokens_before) / max(now - start, 1e-9)
-                left = (now - start) / (position.share - share_before) * (1.0 - position.share)
-                self.progress(f"{stage.method} {position}, loss {self.curve[-1]['loss']:.4f}, "
-                              f"{rate:.0f} tokens/s, {left:.0f} s left{rollouts_text(self.sampler, self.curve)}")  # fmt: skip
-                spoke_at = now
             if now - saved_at >= pause and not position.is_over:
                 self._save(index, position.step, optimizer)
                 saved_at = time.monotonic()
                 pause = max(self.checkpoint_seconds, (saved_at - now) / CHECKPOINT_SHARE)
-        self.stage_seconds[index] = time.monotonic() - start
+            clock.skip()
+        if not position.is_over:
+            self.progress(f"{stage.method}, after {position}: stopped early{held_out_text(self.curve)}")
+        self._best.restore(student)
+        self.stage_seconds[index] = clock.seconds
         if index + 1 < len(self.stages):
             self._save(index + 1, 0, optimizer)
+
+    def _is_settled(self, index: int) -> bool:
+        rule = self.stages[index].early_stop
+        return rule is not None and has_settled(comparisons(self.curve, index), rule)
+
+    def _compare(self, index: int, position: StagePosition) -> bool:
+        """How near the student is to its teacher, where a comparison is due; whether that ends the stage early."""
+        if self.held_out is None or not self.held_out.is_due(position):
+            return False
+        with forward_precision(torch.device(self.device).type, self.dtype):
+            self.curve[-1] |= self.held_out.compare(self.models.student)
+        if self.stages[index].early_stop is not None:
+            self._best.offer(self.models.student, comparisons(self.curve, index))
+        return self._is_settled(index)
 
     def _train_step(
         self, index: int, position: StagePosition, batch: Sequence[Example], optimizer: torch.optim.Optimizer
     ) -> None:
-        stage, student = self.stages[index], self.models.student
-        rolled = None
+        stage, rolled = self.stages[index], None
         if self.sampler is not None and answers_itself(stage, seed=self.seed, index=index, step=position.step):
             rolled = self.sampler.roll_out(batch, stage.rollouts, stage=index, step=position.step)
             batch, stage = rolled.examples, stage.model_copy(update={"ce_weight": 0.0})
         rate = position.next_rate(sum(example.num_tokens for example in batch))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        optimizer.zero_grad(set_to_none=True)
         own = None
         if stage.reads_apart and self.examples.own is not None:
             own = step_examples(self.examples.own, stage, self.seed, position.step)
-        result = accumulate_gradients(
-            self.models, batch, stage, layout=self.layout, pad_id=self.pad_id, device=self.device,
-            use_bfloat16=self.use_bfloat16, own=own,
-        )  # fmt: skip
-        norm = float(torch.nn.utils.clip_grad_norm_(student.parameters(), stage.clip_norm or math.inf))
+        result, norm = self._gradients(batch, stage, optimizer, own)
         if not (math.isfinite(result.loss) and math.isfinite(norm)):
             cause = self._cause(stage, batch if own is None else own)
             raise TrainingError(
@@ -176,6 +196,7 @@ class TrainingRun:
                 f"norm {norm}. The weights were not changed. {cause}"
             )
         optimizer.step()
+        self._loss_scale.grow()
         self.trained_tokens += result.num_tokens
         position.advance(result.num_tokens)
         self.curve.append({
@@ -184,11 +205,25 @@ class TrainingRun:
             "tokens": self.trained_tokens, **(rolled.row() if rolled is not None else {}),
         })  # fmt: skip
 
+    def _gradients(
+        self, batch: Sequence[Example], stage: TrainStageSpec, optimizer: torch.optim.Optimizer, own: Sequence[Example] | None
+    ) -> tuple[StepLoss, float]:
+        """A batch's loss with its clipped gradient in the student, and the gradient's norm; again while it overflows."""
+        while True:
+            optimizer.zero_grad(set_to_none=True)
+            result = accumulate_gradients(
+                self.models, batch, stage, layout=self.layout, pad_id=self.pad_id, device=self.device, dtype=self.dtype,
+                grad_scale=self._loss_scale.scale, own=own,
+            )  # fmt: skip
+            norm = self._loss_scale.unscaled_norm(self.models.student, stage.clip_norm)
+            if math.isfinite(norm) or not math.isfinite(result.loss) or not self._loss_scale.shrink():
+                return result, norm
+
     def _cause(self, stage: TrainStageSpec, read: Sequence[Example]) -> str:
         """Where a loss that is not a number comes from: the teacher's logits, if they are none, else perhaps the step."""
         models, names = self.models, [example.prompt_id for example in read]
         if stage.needs_teacher and models.teacher_head is not None:
-            faulty = prompts_without_numbers(models.teacher, models.teacher_head, read, use_bfloat16=self.use_bfloat16)
+            faulty = prompts_without_numbers(models.teacher, models.teacher_head, read, dtype=self.dtype)
             if faulty:
                 return f"The teacher's logits are not numbers on these prompts: {', '.join(faulty)}. Choose another teacher."
         return f"Lower lr ({stage.lr}) or look at these prompts: {', '.join(names)}"
@@ -196,8 +231,9 @@ class TrainingRun:
     def _save(self, stage: int, step: int, optimizer: torch.optim.Optimizer) -> None:
         state = self.checkpoint_state | {
             "stage": stage, "step": step, "curve": self.curve, "trained_tokens": self.trained_tokens,
+            "loss_scale": self._loss_scale.state(),
         }  # fmt: skip
-        save_checkpoint(self.checkpoint_dir, len(self.curve), self.models.student, optimizer, state)
+        save_checkpoint(self.checkpoint_dir, len(self.curve), self.models.student, optimizer, state, self._best.tensors)
 
 
 def accumulate_gradients(
@@ -208,10 +244,11 @@ def accumulate_gradients(
     layout: Layout,
     pad_id: int,
     device: str,
-    use_bfloat16: bool = False,
+    dtype: torch.dtype = torch.float32,
+    grad_scale: float = 1.0,
     own: Sequence[Example] | None = None,
 ) -> StepLoss:
-    """Add the gradient of one global batch to the student's parameters, micro-batch by micro-batch.
+    """Add the gradient of one global batch, times ``grad_scale``, to the student's parameters, micro-batch by micro-batch.
 
     The same loss and gradient whatever ``stage.micro_batch_tokens`` and ``layout`` (to rounding).
 
@@ -223,15 +260,15 @@ def accumulate_gradients(
     if stage.reads_apart:
         assert own is not None, "the run's examples were encoded twice"
         layout, tokens = "plain", stage.micro_batch_tokens
-        batch, reading = read_apart(models.teacher, batch, own, max_tokens=tokens, device=device, use_bfloat16=use_bfloat16)
+        batch, reading = read_apart(models.teacher, batch, own, max_tokens=tokens, device=device, dtype=dtype)
     for part in micro_batches(batch, layout=layout, max_tokens=stage.micro_batch_tokens, pad_id=pad_id):
-        sums += _micro_step(models, part.to(device), stage, num_tokens, use_bfloat16, reading)
+        sums += _micro_step(models, part.to(device), stage, num_tokens, dtype, grad_scale, reading)
     loss, kl, ce = sums.tolist()
     return StepLoss(loss, kl, ce, num_tokens)
 
 
 def _micro_step(
-    models: ModelPair, part: MicroBatch, stage: TrainStageSpec, num_tokens: int, use_bfloat16: bool,
+    models: ModelPair, part: MicroBatch, stage: TrainStageSpec, num_tokens: int, dtype: torch.dtype, grad_scale: float,
     reading: TeacherReading | None,
 ) -> Tensor:  # fmt: skip
     device_type = part.token_ids_ST.device.type
@@ -243,32 +280,23 @@ def _micro_step(
     elif reading is not None:
         teacher_hidden_PH, part = reading.of(part)
     elif stage.distills:
-        with torch.inference_mode(), forward_precision(device_type, use_bfloat16):
+        with torch.inference_mode(), forward_precision(device_type, dtype):
             teacher_hidden_PH = hidden_states(models.teacher, part)
-    with forward_precision(device_type, use_bfloat16):
+    with forward_precision(device_type, dtype):
         hidden_PH = hidden_states(models.student, part)
-    if use_bfloat16:
-        hidden_PH = hidden_PH.to(torch.bfloat16)
-        teacher_hidden_PH = None if teacher_hidden_PH is None else teacher_hidden_PH.to(torch.bfloat16)
+    if dtype != torch.float32:
+        hidden_PH = hidden_PH.to(dtype)
+        teacher_hidden_PH = None if teacher_hidden_PH is None else teacher_hidden_PH.to(dtype)
     result = head_loss(
         hidden_PH, models.student_head.cut(models.vocab_width), part.targets, num_tokens=num_tokens,
         teacher_hidden_PH=teacher_hidden_PH, teacher_head=models.teacher_head if stage.needs_teacher else None,
         options=stage.divergence_options,
         divergence=POLICY_GRADIENT if stage.objective == "policy_gradient" else stage.divergence,
         kd_temperature=stage.kd_temperature, ce_weight=stage.ce_weight if stage.distills else 1.0,
+        grad_scale=grad_scale,
     )  # fmt: skip
     result.loss.backward()  # type: ignore[no-untyped-call]
     return torch.stack([result.loss.detach(), result.divergence, result.cross_entropy])
-
-
-def make_optimizer(student: Any, stage: TrainStageSpec) -> torch.optim.Optimizer:
-    """AdamW in one fused pass; weight decay on matrices only."""
-    parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": stage.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=stage.lr, betas=ADAM_BETAS, fused=True)
 
 
 def step_examples(examples: ExampleSet, stage: TrainStageSpec, seed: int, step: int) -> list[Example]:

@@ -29,13 +29,13 @@ def mean_cross_entropy(model: Any, head: OutputHead, examples: Sequence[Example]
     return total
 
 
-def prompts_without_numbers(model: Any, head: OutputHead, examples: Sequence[Example], *, use_bfloat16: bool) -> list[str]:
+def prompts_without_numbers(model: Any, head: OutputHead, examples: Sequence[Example], *, dtype: torch.dtype) -> list[str]:
     """The prompts among these on which a model's logits hold NaN or infinity."""
-    return [example.prompt_id for example in examples if not _has_finite_logits(model, head, example, use_bfloat16)]
+    return [example.prompt_id for example in examples if not _has_finite_logits(model, head, example, dtype)]
 
 
-def _has_finite_logits(model: Any, head: OutputHead, example: Example, use_bfloat16: bool) -> bool:
-    with torch.inference_mode(), forward_precision(model.device.type, use_bfloat16):
+def _has_finite_logits(model: Any, head: OutputHead, example: Example, dtype: torch.dtype) -> bool:
+    with torch.inference_mode(), forward_precision(model.device.type, dtype):
         for part in micro_batches([example], layout="plain", max_tokens=MEASURED_TOKENS, pad_id=0):
             hidden_PH = hidden_states(model, part.to(str(model.device)))
             for start in range(0, len(hidden_PH), CHUNK_TOKENS):

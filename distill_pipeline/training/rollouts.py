@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from distill_pipeline.errors import ConfigError, TrainingError
 from distill_pipeline.generation.decoders import Decoder, PlainDecoder, decoder_for
 from distill_pipeline.generation.engine import Request, TransformersEngine
@@ -49,14 +51,17 @@ class RolloutBatch:
 class StudentSampler:
     """Answers prompts with a student under training, whose weights it shares."""
 
-    def __init__(self, student: Any, renderer: ChatRenderer, *, seed: int, limit: int, use_bfloat16: bool = False) -> None:
+    def __init__(
+        self, student: Any, renderer: ChatRenderer, *, seed: int, limit: int, dtype: torch.dtype = torch.float32
+    ) -> None:
         """
         Args:
             student: a transformers causal language model; between rollouts it is whatever its trainer makes of it.
             limit: most tokens of a prompt with its completion; see :func:`length_limit`.
+            dtype: what the forward passes run in.
         """
         self._student, self._renderer, self._seed, self._limit = student, renderer, seed, limit
-        self._use_bfloat16 = use_bfloat16
+        self._dtype = dtype
         with evaluating(student):
             self.shares_prefixes = isinstance(decoder_for(student), SharedPrefixDecoder)
         self.num_tokens = 0
@@ -98,7 +103,7 @@ class StudentSampler:
         decoder: Decoder = SharedPrefixDecoder(self._student) if self.shares_prefixes else PlainDecoder(self._student)
         engine = TransformersEngine(self._student, self._renderer, batch_tokens=rollouts.batch_tokens, decoder=decoder)
         engine.context_tokens = self._limit
-        with evaluating(self._student), forward_precision(self._student.device.type, self._use_bfloat16):
+        with evaluating(self._student), forward_precision(self._student.device.type, self._dtype):
             answers = engine.generate(
                 requests, max_tokens=rollouts.max_tokens, temperature=rollouts.temperature, top_k=rollouts.top_k,
                 top_p=rollouts.top_p,

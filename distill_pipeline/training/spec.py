@@ -16,6 +16,8 @@ DataRef = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]+(_[a-z0-9]+)*/[a-
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd", "akl", "uld"]
 
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
 DIVERGENCE_OPTION: Mapping[str, Literal["alpha", "beta", "mu"]] = {
     "jsd": "beta", "skew_forward_kl": "alpha", "skew_reverse_kl": "alpha", "akl": "mu",
 }  # fmt: skip
@@ -99,6 +101,23 @@ class RolloutSpec(Spec):
         return self.top_k is not None or self.top_p < 1.0
 
 
+class HeldOutSpec(Spec):
+    """A small part of the prompts that trains nothing: on it a student is compared with its teacher while it learns.
+
+    The teacher stays in memory for it, whatever the stages read.
+    """
+
+    fraction: float = Field(0.05, gt=0.0, lt=1.0, description="share of the prompts, by hash: new prompts move none of them")
+    every: int = Field(50, ge=1, description="optimizer steps from one comparison to the next; one more ends a stage")
+
+
+class EarlyStopSpec(Spec):
+    """When a stage has learnt enough: its held-out divergence from the teacher falls no more. The best weights stay."""
+
+    patience: int = Field(3, ge=1, description="comparisons in a row without progress that end the stage")
+    min_delta: float = Field(0.0, ge=0.0, description="nats a token below the least so far that count as progress")
+
+
 class TrainStageSpec(Spec):
     """One stage of a student's training. Stages run in order.
 
@@ -132,10 +151,14 @@ class TrainStageSpec(Spec):
     batch_prompts: int = Field(16, ge=1, description="prompts an optimizer step, each with all its completions")
     micro_batch_tokens: int = Field(1024, ge=64, description="most tokens a forward pass; changes memory, never the result")
     lr: float = Field(3e-4, gt=0.0)
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     warmup_frac: float = Field(0.05, ge=0.0, lt=1.0)
+    decay_frac: float = Field(0.1, gt=0.0, le=1.0, description="the last part of the way, on which wsd falls to zero")
     weight_decay: float = Field(0.0, ge=0.0)
     clip_norm: float | None = Field(1.0, gt=0.0)
+    early_stop: EarlyStopSpec | None = Field(
+        None, exclude_if=lambda value: value is None, description="end the stage earlier, by the student's held_out part"
+    )
 
     @property
     def distills(self) -> bool:
@@ -161,7 +184,14 @@ class TrainStageSpec(Spec):
     @model_validator(mode="after")
     def _no_setting_in_vain(self) -> "TrainStageSpec":
         if vain := sorted(self._unread() & self.model_fields_set):
-            raise ValueError(f"{', '.join(vain)}: not read by method {self.method} with divergence {self.divergence}")
+            raise ValueError(
+                f"{', '.join(vain)}: not read by method {self.method} with divergence {self.divergence} and schedule "
+                f"{self.schedule}"
+            )
+        if self.schedule == "wsd" and self.warmup_frac + self.decay_frac > 1.0:
+            raise ValueError(
+                f"warmup_frac {self.warmup_frac} and decay_frac {self.decay_frac} are more than the whole way; lower one"
+            )
         if self.signal != "online" and (self.method, self.divergence) != ("logit_kd", "forward_kl"):
             raise ValueError(f"signal {self.signal} is for method logit_kd with divergence forward_kl")
         if self.divergence == "uld" and self.method == "on_policy":
@@ -188,6 +218,7 @@ class TrainStageSpec(Spec):
     def _unread(self) -> set[str]:
         """Settings of other methods and divergences."""
         unread = {"alpha", "beta", "mu"} - (self.divergence_options.keys() if self.distills else set())
+        unread |= set() if self.schedule == "wsd" else {"decay_frac"}
         return unread if self.method == "on_policy" else unread | {"lambda_", "objective", "rollouts"}
 
     @model_serializer(mode="wrap")
@@ -195,6 +226,17 @@ class TrainStageSpec(Spec):
         """Settings that this stage does not read decide nothing, so they are in no manifest and no version."""
         hidden = self._unread() | (set() if self.keep_optimizer else {"keep_optimizer"})
         return {name: value for name, value in handler(self).items() if name not in hidden}
+
+
+class LoraSpec(Spec):
+    """Low-rank adapters: only they are trained, and merged into the weights at the end."""
+
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32.0, gt=0.0, description="the adapters' product is multiplied by alpha / rank")
+    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="of the adapters' inputs; other micro-batches draw others")
+    target_modules: tuple[str, ...] | None = Field(
+        None, min_length=1, description="layers by the last part of their names; null is every linear layer but the head"
+    )
 
 
 class StudentSpec(Spec):
@@ -218,6 +260,20 @@ class StudentSpec(Spec):
     max_length: int = Field(
         2048, ge=16, description="longest prompt plus completion in tokens; longer ones are left out, counted"
     )
+    held_out: HeldOutSpec | None = Field(
+        None, exclude_if=lambda value: value is None, description="compare it with its teacher while it is trained"
+    )
+    lora: LoraSpec | None = Field(
+        None, exclude_if=lambda value: value is None, description="train adapters instead of the weights themselves"
+    )
+    precision: Precision = Field(
+        "auto", exclude_if=lambda value: value == "auto",
+        description="of forward passes; auto is bf16 on CUDA, else fp32; weights and losses are always fp32",
+    )  # fmt: skip
+    gradient_checkpointing: bool = Field(
+        False, exclude_if=lambda value: value is False,
+        description="keep only what enters each layer and compute the rest again: less memory, more time, same result",
+    )  # fmt: skip
 
     @model_validator(mode="after")
     def _settings_fit_the_stages(self) -> "StudentSpec":
@@ -253,6 +309,16 @@ class StudentSpec(Spec):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _early_stops_are_measured(self) -> "StudentSpec":
+        for index, stage in enumerate(self.stages):
+            if stage.early_stop is not None and self.held_out is None:
+                raise ValueError(
+                    f"stages.{index}.early_stop: it looks at the divergence on prompts that train nothing; give held_out too, "
+                    "for instance held_out: {fraction: 0.05, every: 50}"
+                )
+        return self
+
     @property
     def method(self) -> str:
         """How it is trained, in a word a stage, and what sets it apart from a student of whole traces under system prompts."""
@@ -265,5 +331,5 @@ class StudentSpec(Spec):
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether a stage reads the teacher's distributions from the teacher itself."""
-        return any(stage.needs_teacher for stage in self.stages)
+        """Whether the teacher itself is read: by a stage, or on held-out prompts."""
+        return self.held_out is not None or any(stage.needs_teacher for stage in self.stages)

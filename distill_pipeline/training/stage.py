@@ -3,7 +3,9 @@
 Writes ``model.safetensors``, ``config.json``, the tokenizer's files and ``curve.parquet`` (one row an optimizer step: step
 from 1, stage from 0, method, loss, kl (the stage's divergence; null in sft), ce, lr, grad_norm, tokens seen so far; losses in
 nats a token; with an on_policy stage also the step's rollouts, their mean tokens and the share that was truncated, null where
-there were none). Times are facts, never in a file, so that equal runs leave equal files.
+there were none; with a held-out part its KL(teacher || student) and the share of places where both find the same token
+likeliest, null between comparisons). Times and memory, which differ between equal runs, are facts, and by step in
+``speed.parquet`` (step, tokens_per_second, peak_memory_bytes), which makes no version.
 
 Decided: where student and teacher give the same meaning to every token id, both use the teacher's tokenizer and chat
 template, so they see the same tokens that generation saw. Otherwise the student keeps its own, and only sft and logit_kd with
@@ -33,9 +35,11 @@ from distill_pipeline.rendering import ChatRenderer
 from distill_pipeline.signals.files import Wanted
 from distill_pipeline.signals.spec import SignalsSpec
 from distill_pipeline.signals.table import SignalSource, StoredSignals, open_signals
-from distill_pipeline.training.batches import Example, ExampleSet, encode_examples, epoch_order
+from distill_pipeline.training.adapters import add_adapters
+from distill_pipeline.training.batches import Example, ExampleSet, Layout, encode_examples, epoch_order
 from distill_pipeline.training.checkpoints import Checkpoint, latest_checkpoint, remove_checkpoints, written_or_removed
-from distill_pipeline.training.layout import choose_layout
+from distill_pipeline.training.held_out import KL, TOP1, HeldOut, held_out_facts, split_held_out
+from distill_pipeline.training.layout import choose_layout, compute_dtype
 from distill_pipeline.training.loop import ModelPair, TrainingRun
 from distill_pipeline.training.measuring import mean_cross_entropy
 from distill_pipeline.training.reading import rows_for_target, weigh_tasks
@@ -58,6 +62,10 @@ ROLLOUT_SCHEMA = pa.schema(
 )
 """Further columns of the curve of a student with an on_policy stage."""
 
+HELD_OUT_SCHEMA = pa.schema([(KL, pa.float64()), (TOP1, pa.float64())])
+"""Further columns of the curve of a student with a held-out part."""
+
+SPEED_SCHEMA = pa.schema([("step", pa.int64()), ("tokens_per_second", pa.float64()), ("peak_memory_bytes", pa.int64())])
 
 _AS_DEFAULT = SignalsSpec()
 
@@ -70,6 +78,7 @@ class _Text:
     owner: str
     own_renderer: ChatRenderer | None
     examples: ExampleSet
+    held_out: list[Example]
     counts: dict[str, int]
 
 
@@ -96,7 +105,7 @@ def train_student(
         work_dir: keeps checkpoints between runs; a run that was killed goes on from the last one.
         init_model: the folder of ``student.init.model``, else None.
         system: the system prompt of conversations that do not begin with one.
-        device: a torch device or ``auto``; on CUDA forward passes are in bfloat16.
+        device: a torch device or ``auto``.
         checkpoint_seconds: at least so long between two checkpoints.
         signals, signal_sources: how teacher signals were captured and where they are, for stages that do not read them online.
     Raises:
@@ -116,13 +125,14 @@ def train_student(
     examples, counts = encode_examples(
         rows, renderer, max_length=student.max_length, signal_row=stored.row if stored else None, own_renderer=own_renderer
     )
+    training, held_out, counts = split_held_out(examples, counts, student.held_out)
     if student.target == "both":
-        counts |= {f"{task}_tokens": number for task, number in weigh_tasks(examples, student.answer_weight).items()}
-    text = _Text(renderer, owner, own_renderer, examples, counts)
+        counts |= {f"{task}_tokens": number for task, number in weigh_tasks(training, student.answer_weight).items()}
+    text = _Text(renderer, owner, own_renderer, training, held_out, counts)
     run_key = version_of(
         {"algorithm": ALGORITHM, "student": student.document(), "teacher": teacher.identity, "seed": seed,
          "init_model": init_model.identity if init_model else None, "renderer": text.renderer.fingerprint,
-         "data": text.examples.fingerprint(), "device": torch.device(device).type}
+         "data": examples.fingerprint(), "device": torch.device(device).type}
     )  # fmt: skip
     checkpoint_dir = work_dir / "checkpoints"
     resume = latest_checkpoint(checkpoint_dir, run_key, progress)
@@ -131,36 +141,59 @@ def train_student(
     torch.manual_seed(seed)
     initial = _initial(student, teacher, init_model, text, seed, device, resume)
     progress(f"student: {initial.facts['parameters']:,} parameters, {initial.facts['share']:.0%} of the teacher's")
-    use_bfloat16 = torch.device(device).type == "cuda"
-    pair = _pair(initial.model, teacher if student.needs_teacher else None, text, device, use_bfloat16, stored)
+    dtype = compute_dtype(student.precision, device)
+    adapters = add_adapters(initial.model, student.lora, seed) if student.lora is not None else None
+    if student.gradient_checkpointing:
+        checkpoint_activations(initial.model)
+    pair = _pair(initial.model, teacher if student.needs_teacher else None, text, device, dtype, stored)
     if resume is None:
         initial.facts["untrained_loss"] = round(
             mean_cross_entropy(pair.student, pair.student_head, _calibration(text, seed), pad_id=text.renderer.end_token_id), 6
         )
     models = [model for model in (pair.student, pair.teacher) if model is not None]
-    sampler, longest = _sampler(student, models, text, seed, use_bfloat16)
+    sampler, longest = _sampler(student, models, text, seed, dtype)
     layout, reason = choose_layout(models, longest)
     hash_before = parameters_sha256(pair.teacher) if pair.teacher is not None else None
     run = TrainingRun(
-        pair, student.stages, text.examples, layout, text.renderer.end_token_id, seed, device, use_bfloat16, checkpoint_dir,
+        pair, student.stages, text.examples, layout, text.renderer.end_token_id, seed, device, dtype, checkpoint_dir,
         {"run_key": run_key, "init": initial.facts}, checkpoint_seconds, progress, sampler,
+        held_out=_held_out(student, pair, text, layout, device),
     )  # fmt: skip
     run.run(resume)
     hash_after = parameters_sha256(pair.teacher) if pair.teacher is not None else None
     if hash_before != hash_after:
         raise TrainingError(f"the teacher {teacher.reference} changed while the student trained: {hash_before} to {hash_after}")
+    trained = pair.student if adapters is None else adapters.merge()
     with written_or_removed(out_dir, "the student", checkpoint_dir):
-        _write_student(pair.student, text.renderer.tokenizer, run.curve, out_dir)
+        _write_student(trained, text.renderer.tokenizer, run.curve, out_dir)
     remove_checkpoints(checkpoint_dir)
     shutil.rmtree(work_dir / "signals", ignore_errors=True)
     facts = initial.facts | _run_facts(run) | {
         "layout": layout, "layout_reason": reason, "tokenizer": text.owner, "renderer": text.renderer.fingerprint,
         "teacher_sha256_before": hash_before, "teacher_sha256_after": hash_after, "device": device,
-        "dtype": "bfloat16 forward, float32 weights" if use_bfloat16 else "float32",
+        "dtype": "float32" if dtype == torch.float32 else f"{dtype_name(dtype)} forward, float32 weights",
+        **({"lora": adapters.facts} if adapters is not None else {}),
         "resumed_from_step": len(resume.state["curve"]) if resume is not None else None,
         "stages": [stage.model_dump(mode="json") for stage in student.stages],
     }  # fmt: skip
     return Outcome(text.counts | {"steps": len(run.curve), "trained_tokens": run.trained_tokens}, facts)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``float16`` of ``torch.float16``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def checkpoint_activations(model: Any) -> None:
+    """In training, let ``model`` keep only what enters each layer, and compute the rest again in the backward pass.
+
+    Raises:
+        TrainingError: its architecture has no layers that can.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise TrainingError(f"{type(model).__name__} cannot compute its layers again; leave gradient_checkpointing out")
+    enable = getattr(model, "activation_checkpointing_enable", None)  # its name since transformers 5.23
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def parameters_sha256(model: Any) -> str:
@@ -180,11 +213,12 @@ def _renderer(
     if init_model is not None:
         own = load_tokenizer(init_model.path)
         differing = different_ids(own.get_vocab(), tokenizer.get_vocab())
-        if differing and any(stage.distills and not stage.reads_apart for stage in student.stages):
+        apart = all(stage.reads_apart for stage in student.stages if stage.distills)
+        if differing and (student.held_out is not None or not apart):
             raise VocabularyMismatchError(
                 f"{init_model.reference} and {teacher.reference} give different meanings to {len(differing)} token ids, for "
-                f"instance {', '.join(differing[:5])}. Use sft, logit_kd with divergence uld, or a student with the teacher's "
-                "tokenizer."
+                f"instance {', '.join(differing[:5])}. Use sft, logit_kd with divergence uld, or a student with "
+                "the teacher's tokenizer; and no held_out, which compares the two token by token."
             )
         if differing:
             tokenizer, owner = own, "student"
@@ -240,14 +274,14 @@ def _calibration(text: _Text, seed: int) -> list[Example]:
 
 
 def _pair(
-    model: Any, teacher: ModelFolder | None, text: _Text, device: str, use_bfloat16: bool, signals: StoredSignals | None
+    model: Any, teacher: ModelFolder | None, text: _Text, device: str, dtype: torch.dtype, signals: StoredSignals | None
 ) -> ModelPair:
     """Student and teacher in memory, with their heads, or what was stored of the teacher."""
     head, frozen, teacher_head = output_head(model), None, None
     own = text.own_renderer if text.owner == "student" else None  # the teacher's, where it is another than the student's
     width = len(head)
     if teacher is not None:
-        frozen = load_model(teacher.path, device=device, dtype="bfloat16" if use_bfloat16 else "float32")
+        frozen = load_model(teacher.path, device=device, dtype=dtype_name(dtype))
         frozen.eval().requires_grad_(False)
         teacher_head = output_head(frozen)
         width = width if own else min(width, len(teacher_head))
@@ -264,17 +298,26 @@ def _pair(
 
 
 def _sampler(
-    student: StudentSpec, models: Sequence[Any], text: _Text, seed: int, use_bfloat16: bool
+    student: StudentSpec, models: Sequence[Any], text: _Text, seed: int, dtype: torch.dtype
 ) -> tuple[StudentSampler | None, int]:
     """Who answers in on_policy stages, and the most tokens that any sequence of the training has."""
+    longest = max([text.examples.longest(), *(len(e.prompt) + max(map(len, e.completions)) for e in text.held_out)])
     own = [stage for stage in student.stages if stage.method == "on_policy"]
     if not own:
-        return None, text.examples.longest()
+        return None, longest
     longest_prompt = text.examples.longest_prompt()
     limit = length_limit(student.stages, models, max_length=student.max_length, longest_prompt=longest_prompt)
     rolled = min(limit, longest_prompt + max(stage.rollouts.max_tokens for stage in own))
-    sampler = StudentSampler(models[0], text.renderer, seed=seed, limit=limit, use_bfloat16=use_bfloat16)
-    return sampler, max(text.examples.longest(), rolled)
+    sampler = StudentSampler(models[0], text.renderer, seed=seed, limit=limit, dtype=dtype)
+    return sampler, max(longest, rolled)
+
+
+def _held_out(student: StudentSpec, pair: ModelPair, text: _Text, layout: Layout, device: str) -> HeldOut | None:
+    """What the student is compared with its teacher on, where its recipe asks for that."""
+    if student.held_out is None:
+        return None
+    renderer, every = text.renderer, student.held_out.every
+    return HeldOut(text.held_out, pair.teacher, every, layout, renderer.end_token_id, renderer.vocab_size, device)
 
 
 def _write_student(model: Any, tokenizer: Any, curve: Sequence[dict[str, Any]], out_dir: Path) -> None:
@@ -283,9 +326,10 @@ def _write_student(model: Any, tokenizer: Any, curve: Sequence[dict[str, Any]], 
     model.config._name_or_path = ""
     model.save_pretrained(out_dir, max_shard_size="10TB")
     tokenizer.save_pretrained(out_dir)
-    has_rollouts = any("rollouts" in row for row in curve)
-    schema = pa.unify_schemas([CURVE_SCHEMA, ROLLOUT_SCHEMA]) if has_rollouts else CURVE_SCHEMA
+    further = [part for part in (ROLLOUT_SCHEMA, HELD_OUT_SCHEMA) if any(part.names[0] in row for row in curve)]
+    schema = pa.unify_schemas([CURVE_SCHEMA, *further])
     pq.write_table(pa.Table.from_pylist(list(curve), schema=schema), out_dir / "curve.parquet")
+    pq.write_table(pa.Table.from_pylist(list(curve), schema=SPEED_SCHEMA), out_dir / "speed.parquet")
 
 
 def _run_facts(run: TrainingRun) -> dict[str, Any]:
@@ -300,5 +344,7 @@ def _run_facts(run: TrainingRun) -> dict[str, Any]:
         "tokens_per_second": round(resumed_tokens / max(seconds, 1e-9), 1),
         "stage_seconds": [round(spent, 3) for spent in run.stage_seconds],
         "stage_tokens": [after - before for before, after in pairwise(tokens_before)],
+        "peak_memory_bytes": run.curve[-1]["peak_memory_bytes"],
         **({} if run.sampler is None else {"rollouts": rollout_facts(run.sampler, run.curve)}),
+        **({} if run.held_out is None else {"held_out": held_out_facts(run.curve, len(run.stages))}),
     }  # fmt: skip

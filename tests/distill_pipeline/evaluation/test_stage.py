@@ -11,9 +11,9 @@ import torch
 from torch.nn import functional
 
 from distill_pipeline.errors import ConfigError
-from distill_pipeline.evaluation import divergence
 from distill_pipeline.evaluation.stage import evaluate_by_system, held_out_divergence
 from distill_pipeline.rendering import ChatRenderer
+from distill_pipeline.training import held_out
 
 Evaluate = Callable[..., dict[str, Any]]
 
@@ -134,7 +134,7 @@ def test_divergence_is_forward_kl_over_every_token_of_the_teachers_answers(
     assert found["forward_kl"] == pytest.approx(float(torch.cat(kls).mean()), rel=1e-4)
     assert found["top1_agreement"] == pytest.approx(float(torch.cat(agreed).float().mean()))
     assert found["tokens"] == len(torch.cat(kls))
-    monkeypatch.setattr(divergence, "LOGIT_CELLS", 1)
+    monkeypatch.setattr(held_out, "LOGIT_CELLS", 1)
     in_small_batches = held_out_divergence(student, teacher, renderer, samples, "cpu")
     assert in_small_batches["forward_kl"] == pytest.approx(found["forward_kl"], rel=1e-5)
 

@@ -252,6 +252,6 @@ def test_layout_is_shared_under_eager_attention_too(random_model: Any) -> None:
 def test_bfloat16_forward_passes_stay_near_float32_and_leave_float32_gradients(models: ModelPair) -> None:
     examples = [Example("p", (3, 4, 5), ((6, 7, 2), (6, 8, 9, 2)))]
     exact, _ = loss_and_gradients(models, examples)
-    near, gradients = loss_and_gradients(models, examples, use_bfloat16=True)
+    near, gradients = loss_and_gradients(models, examples, dtype=torch.bfloat16)
     assert abs(near - exact) < 0.03 * exact
     assert all(gradient.dtype == torch.float32 and gradient.isfinite().all() for gradient in gradients)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from distill_pipeline.training.checkpoints import latest_checkpoint, model_tensors, optimizer_tensors, save_checkpoint
-from distill_pipeline.training.loop import make_optimizer
+from distill_pipeline.training.optim import make_optimizer
 from distill_pipeline.training.spec import TrainStageSpec
 
 STATE = {"run_key": "this-run", "curve": [{"loss": 0.1}]}

@@ -1,6 +1,7 @@
 """Training as a whole: the teacher stays, killing changes nothing, and what cannot be trained says so."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -13,6 +14,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from distill_pipeline.errors import ConfigError, TrainingError, VocabularyMismatchError
 from distill_pipeline.hashing import file_sha256
@@ -193,7 +196,7 @@ def test_a_teacher_that_changed_is_an_error(train: Any, make_student: Any, monke
 def test_equal_runs_leave_equal_files(train: Any, make_student: Any, tmp_path: Path) -> None:
     for name in ("first", "second"):
         train(make_student(KD, OWN, SFT), name)
-    files = {path.name for path in (tmp_path / "first" / "out").iterdir()}
+    files = {path.name for path in (tmp_path / "first" / "out").iterdir()} - {"speed.parquet"}  # which makes no version
     assert {"model.safetensors", "config.json", "curve.parquet", "tokenizer.json"} <= files
     for name in files:
         assert file_sha256(tmp_path / "first" / "out" / name) == file_sha256(tmp_path / "second" / "out" / name), name
@@ -370,6 +373,8 @@ def test_token_ids_with_two_meanings_are_refused_by_name(
         train(make_student(KD, init={"model": "other"}), init_model=other)
     with pytest.raises(VocabularyMismatchError, match="different meanings to 2 token ids"):
         train(make_student(SFT, OWN, init={"model": "other"}), init_model=other)
+    with pytest.raises(VocabularyMismatchError, match="and no held_out, which compares the two token by token"):
+        train(make_student(SFT, init={"model": "other"}, held_out={}), init_model=other)
     outcome = train(make_student(SFT, init={"model": "other"}), init_model=other)
     assert outcome.facts["tokenizer"] == "student"
 
@@ -473,3 +478,29 @@ def test_learning_rate_rises_and_falls_as_said() -> None:
     assert rates("linear")[-1] == pytest.approx(1 / 8)
     assert rates("cosine", 0.0)[5] == pytest.approx(0.5)
     assert all(0 < rate <= 1 for schedule in ("linear", "cosine") for rate in rates(schedule))
+
+
+@given(whole=st.integers(1, 500), warmup_frac=st.floats(0.0, 0.5), decay_frac=st.floats(0.01, 0.5), share=st.floats(0.0, 0.999))
+def test_wsd_rises_stays_and_falls_on_straight_lines(
+    whole: int, warmup_frac: float, decay_frac: float, share: float
+) -> None:  # fmt: skip
+    spec = TrainStageSpec(method="sft", lr=2.0, schedule="wsd", warmup_frac=warmup_frac, decay_frac=decay_frac)
+    done, warmup = int(share * whole), -(-warmup_frac * whole // 1)
+    rate = learning_rate(spec, done, whole)
+    if done < warmup:
+        assert rate == pytest.approx(2.0 * (done + 1) / (warmup + 1))
+    elif done <= whole * (1.0 - decay_frac):
+        assert rate == pytest.approx(2.0)
+    else:
+        assert rate == pytest.approx(2.0 * (1.0 - done / whole) / decay_frac)
+    assert 0.0 < rate <= 2.0
+    assert learning_rate(spec, whole, whole) == 0.0
+
+
+def test_cosine_and_linear_are_their_closed_forms_after_the_warmup() -> None:
+    for schedule, form in (
+        ("linear", lambda x: 1.0 - x), ("cosine", lambda x: 0.5 + 0.5 * math.cos(math.pi * x)), ("constant", lambda x: 1.0)
+    ):  # fmt: skip
+        spec = TrainStageSpec.model_validate({"method": "sft", "lr": 3.0, "schedule": schedule, "warmup_frac": 0.1})
+        rates = [learning_rate(spec, step, 50) for step in range(5, 50)]
+        assert rates == pytest.approx([3.0 * form(i / 45) for i in range(45)])
