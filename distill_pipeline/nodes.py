@@ -28,7 +28,7 @@ STAGE_COMMANDS: Mapping[Stage, str] = {
 }  # fmt: skip
 """The ``distill`` subcommand that makes each stage's artifacts."""
 
-NO_RESULT_CHANGE = {"batch_tokens", "micro_batch_tokens", "batch_size", "compute", "server", "budget"}
+NO_RESULT_CHANGE = {"batch_tokens", "micro_batch_tokens", "batch_size", "compute", "server", "budget", "vllm"}
 """Fields that change speed, memory or cost only, wherever they stand; ``compute`` says who works, and is in no node's part."""
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from distill_pipeline.generation.decoders import Decoder, decoder_for
-from distill_pipeline.generation.protocol import Completion
+from distill_pipeline.generation.protocol import Completion, not_finite_completion, unfit_completion
 from distill_pipeline.generation.sampling import Sampling, sample_tokens
 from distill_pipeline.generation.shared_prefix import SharedPrefixDecoder
 from distill_pipeline.records import FinishReason
@@ -53,7 +53,7 @@ class TransformersEngine:
         self.batch_tokens = batch_tokens
         self.decoder = decoder_for(model) if decoder is None else decoder
         self.context_tokens: int = getattr(model.config, "max_position_embeddings", None) or 2**31
-        self.stop_token_ids = renderer.stop_token_ids | _stop_tokens_of(model)
+        self.stop_token_ids = renderer.stop_token_ids | stop_tokens_of(getattr(model, "generation_config", None))
 
     @property
     def shares_prefixes(self) -> bool:
@@ -101,14 +101,10 @@ class TransformersEngine:
         fitting = [index for index, limit in enumerate(limits) if limit > 0 and batch[index].prompt_ids]
         answered = self._sample([batch[i] for i in fitting], [limits[i] for i in fitting], sampling) if fitting else []
         completions = dict(zip(fitting, answered, strict=True))
-        return [completions.get(index) or self._unfit(request) for index, request in enumerate(batch)]
-
-    def _unfit(self, request: Request) -> Completion:
-        length = len(request.prompt_ids)
-        error = "prompt_empty: the prompt has no token"
-        if length:
-            error = f"prompt_too_long: {length} tokens, the model's context holds {self.context_tokens}"
-        return Completion(request.key, "", (), "error", length, 0, None, error)
+        return [
+            completions.get(index) or unfit_completion(request.key, len(request.prompt_ids), self.context_tokens)
+            for index, request in enumerate(batch)
+        ]
 
     @torch.inference_mode()
     def _sample(self, requests: Sequence[Request], limits: Sequence[int], sampling: Sampling) -> list[Completion]:
@@ -149,8 +145,7 @@ class TransformersEngine:
         finished = drawn[count - 1] in self.stop_token_ids
         ids = tuple(drawn[: count - finished])
         if not math.isfinite(logprob):
-            error = "not_a_number: the model's logits are not finite; load it in float32 or check its weights"
-            return Completion(request.key, "", (), "error", len(request.prompt_ids), 0, None, error)
+            return not_finite_completion(request.key, len(request.prompt_ids))
         reason: FinishReason = "stop" if finished else "length"
         end = drawn[count - 1] if finished else None
         return Completion(
@@ -163,7 +158,7 @@ def seed_of(key: str) -> int:
     return int.from_bytes(sha256(key.encode()).digest()[:8], "big", signed=True)
 
 
-def _stop_tokens_of(model: Any) -> frozenset[int]:
-    """The end tokens that the model's own generation settings name beside the template's."""
-    eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+def stop_tokens_of(generation_config: Any) -> frozenset[int]:
+    """The end tokens that a model's own generation settings name beside the template's."""
+    eos = getattr(generation_config, "eos_token_id", None)
     return frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])

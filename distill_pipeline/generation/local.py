@@ -26,6 +26,7 @@ class LocalEngine:
         seed: int,
         device: str,
         system: str | None = None,
+        dtype: str | None = None,
         batch_tokens: int = 16_384,
         trust_remote_code: bool = False,
     ) -> None:
@@ -37,7 +38,7 @@ class LocalEngine:
         self._model, self._sampling = model, sampling
         self._batch_tokens, self._trust_remote_code = batch_tokens, trust_remote_code
         self._device = resolve_device(device)
-        self._dtype = resolve_dtype(model.path, self._device)
+        self._dtype = dtype or resolve_dtype(model.path, self._device)
         self._renderer = ChatRenderer(load_tokenizer(model.path, trust_remote_code=trust_remote_code), system=system)
         self._engine: TransformersEngine | None = None
         self.settings = family_settings(

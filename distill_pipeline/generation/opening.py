@@ -26,11 +26,18 @@ def open_engine(
             model, name=name, sampling=teacher.sampling, seed=seed, system=teacher.system, extra_body=teacher.extra_body,
             logprobs=teacher.logprobs, progress=progress,
         )  # fmt: skip
+    if teacher.engine == "vllm":
+        from distill_pipeline.generation.vllm_engine import VllmEngine
+
+        return VllmEngine(
+            model, name=name, sampling=teacher.sampling, seed=seed, device=device, system=teacher.system, dtype=teacher.dtype,
+            max_model_len=teacher.max_model_len, resources=teacher.vllm, trust_remote_code=teacher.trust_remote_code,
+        )  # fmt: skip
     from distill_pipeline.generation.local import LocalEngine
 
     return LocalEngine(
-        model, sampling=teacher.sampling, seed=seed, device=device, system=teacher.system, batch_tokens=teacher.batch_tokens,
-        trust_remote_code=teacher.trust_remote_code,
+        model, sampling=teacher.sampling, seed=seed, device=device, system=teacher.system, dtype=teacher.dtype,
+        batch_tokens=teacher.batch_tokens, trust_remote_code=teacher.trust_remote_code,
     )  # fmt: skip
 
 

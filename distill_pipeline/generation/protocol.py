@@ -65,6 +65,20 @@ class Engine(Protocol):
         """What the manifest says of how the answers were made."""
 
 
+def unfit_completion(key: str, prompt_tokens: int, context_tokens: int) -> Completion:
+    """A request whose prompt is empty, or leaves no room for an answer in the model's context."""
+    error = "prompt_empty: the prompt has no token"
+    if prompt_tokens:
+        error = f"prompt_too_long: {prompt_tokens} tokens, the model's context holds {context_tokens}"
+    return failed_completion(key, error, prompt_tokens=prompt_tokens)
+
+
+def not_finite_completion(key: str, prompt_tokens: int) -> Completion:
+    """A request whose logits were not numbers."""
+    error = "not_a_number: the model's logits are not finite; load it in float32 or check its weights"
+    return failed_completion(key, error, prompt_tokens=prompt_tokens)
+
+
 def failed_completion(key: str, error: str, *, prompt_tokens: int = 0) -> Completion:
     """A request without an answer; ``error`` begins with its class and a colon."""
     return Completion(key, "", (), "error", prompt_tokens, 0, None, error)

@@ -12,6 +12,7 @@ from distill_pipeline.generation.spec import SamplingSpec
 from distill_pipeline.hashing import sha256_of
 
 LOCAL_ENGINE = "transformers/1"
+VLLM_ENGINE = "vllm/1"
 SERVER_ENGINE = "openai/1"
 """Engine kinds and versions; raise one when the same request would draw other tokens."""
 
