@@ -176,6 +176,7 @@ def _cross_faults(document: Mapping[str, Any]) -> Iterator[str]:
             kind = _mapping(part).get("kind")
             if isinstance(kind, str) and (fault := scorer_fault(kind, _mapping(_mapping(part).get("options")))):
                 yield f"scorers.{domain}.{index}.kind: {fault}"
+    yield from _faults_without_weights(document)
     students = set(_mapping(document.get("students")))
     baselines = _mapping(document.get("evaluation")).get("baselines")
     for index, baseline in enumerate(baselines if isinstance(baselines, list) else []):
@@ -187,6 +188,30 @@ def _cross_faults(document: Mapping[str, Any]) -> Iterator[str]:
         n, temperature = sampling.get("n", 4), sampling.get("temperature", 0.7)
         if temperature == 0 and isinstance(n, int) and n > 1:
             yield f"teachers.{teacher}.sampling: temperature 0 is greedy, {n} samples would be equal; set n: 1"
+
+
+def _faults_without_weights(document: Mapping[str, Any]) -> Iterator[str]:
+    """What a student wants of a teacher that is only an API: its layers, or its distribution."""
+    teachers = _mapping(document.get("teachers"))
+    for student, part in _mapping(document.get("students")).items():
+        references = _mapping(part).get("data")
+        name = str(references[0]).partition("/")[0] if isinstance(references, list) and references else ""
+        teacher = _mapping(teachers.get(name))
+        if teacher.get("engine") != "openai" or teacher.get("weights"):
+            continue
+        otherwise = f"or set teachers.{name}.weights to the same model as a Hub id or folder"
+        if given := [kind for kind in ("prune", "scratch") if _mapping(_mapping(part).get("init")).get(kind)]:
+            yield (
+                f"students.{student}.init.{given[0]}: teacher {name} is only an API, so its layers are not here; give init: "
+                f"{{model: ...}}, {otherwise}"
+            )
+        stages = _mapping(part).get("stages")
+        for index, stage in enumerate(stages if isinstance(stages, list) else []):
+            if _mapping(stage).get("method") in {"logit_kd", "on_policy"}:
+                yield (
+                    f"students.{student}.stages.{index}.method: {stage['method']} learns the teacher's distribution, and "
+                    f"teacher {name} is only an API; use sft, {otherwise}"
+                )
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

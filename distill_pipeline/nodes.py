@@ -89,6 +89,7 @@ def experiment_nodes(experiment: Experiment) -> dict[str, Node]:
         }
         model = {"model": frozen.model, "revision": frozen.revision, "system": frozen.system}
         model |= {"weights": frozen.weights} if frozen.weights else {}
+        model |= {"extra_body": frozen.extra_body} if frozen.extra_body and not frozen.weights else {}
         spec = {"student": recipe.document(), "teacher": model, "seed": experiment.seed}
         sets = tuple(f"filtered_set/{ref}" for ref in recipe.data)
         checkpoint, report = f"student_checkpoint/{student}", f"eval_report/{student}"

@@ -27,8 +27,8 @@ class Subject:
 
     name: str
     inputs: dict[str, str]
-    load: Callable[[str], tuple[Any, Any]]
-    """From a device to (model, tokenizer)."""
+    load: Callable[[str], tuple[Any, Any]] | None
+    """From a device to (model, tokenizer); None for a teacher that is only an API."""
 
 
 def report_student(work: Work, out_dir: Path) -> Outcome:
@@ -39,15 +39,17 @@ def report_student(work: Work, out_dir: Path) -> Outcome:
     student = work.node.student
     assert student is not None
     checkpoint = work.inputs[f"student_checkpoint/{student}"]
-    teacher = _measured(work, _teacher(work), None)
-    measured = {"student": _measured(work, _student(work, checkpoint), teacher)}
+    is_api = work.teacher_model() is None
+    teacher, notes = _teacher_measured(work) if is_api else (_measured(work, _teacher(work), None), [])
+    imitated = None if is_api else teacher
+    measured = {"student": _measured(work, _student(work, checkpoint), imitated)}
     for baseline in work.experiment.evaluation.baselines:
         if baseline == "teacher":
-            measured["teacher"] = teacher
+            measured |= {"teacher": teacher} if teacher is not None else {}
         elif baseline == "untrained":
-            measured["untrained"] = _measured(work, _untrained(work, checkpoint), teacher)
+            measured["untrained"] = _measured(work, _untrained(work, checkpoint), imitated)
         elif baseline != student:
-            measured[baseline] = _measured(work, _student(work, work.inputs[f"student_checkpoint/{baseline}"]), teacher)
+            measured[baseline] = _measured(work, _student(work, work.inputs[f"student_checkpoint/{baseline}"]), imitated)
     facts, counts = checkpoint.manifest.facts, checkpoint.manifest.counts
     report = build_student_report(
         experiment=work.experiment.name,
@@ -57,9 +59,7 @@ def report_student(work: Work, out_dir: Path) -> Outcome:
         method=str(work.node.method),
         evaluations={role: artifact.read_json("evaluation.json") for role, artifact in measured.items()},
         parameters={"student": facts["parameters"], "teacher": facts["teacher_parameters"]},
-        held_out={
-            role: found for role, artifact in measured.items() if (found := artifact.read_json("held_out.json")) is not None
-        },
+        held_out=_held_out(work, measured, is_api=is_api),
         init=work.experiment.students[student].init.document(),
         curve=[row for batch in checkpoint.batches(prefix="curve") for row in batch.to_pylist()],
         training={**counts, **{key: facts[key] for key in TRAINING_FACTS if key in facts}},
@@ -70,6 +70,7 @@ def report_student(work: Work, out_dir: Path) -> Outcome:
         seed=work.experiment.seed,
         **_origins(work, checkpoint),
         cost=_cost(work, checkpoint, measured),
+        notes=notes,
     )
     results = {role: artifact.version for role, artifact in measured.items()}
     (out_dir / "measured.json").write_text(json.dumps(results | {"checkpoint": checkpoint.version}, indent=1), encoding="utf-8")
@@ -120,8 +121,35 @@ def _cost(work: Work, checkpoint: Artifact, measured: Mapping[str, Artifact]) ->
     }
 
 
+def _held_out(work: Work, measured: Mapping[str, Artifact], *, is_api: bool) -> dict[str, dict[str, Any]]:
+    """Each model's divergence from the teacher; of a teacher that is only an API nobody knows it, and the reason is said."""
+    if is_api:
+        reason = f"teacher {work.teacher_name} is only an API: its distribution is not available"
+        return {"student": {"forward_kl": None, "top1_agreement": None, "tokens": 0, "answers": 0, "reason": reason}}
+    found = {role: artifact.read_json("held_out.json") for role, artifact in measured.items()}
+    return {role: divergence for role, divergence in found.items() if divergence is not None}
+
+
+def _teacher_measured(work: Work) -> tuple[Artifact | None, list[str]]:
+    """The measurement of a teacher that is only an API, where it is asked for and possible, and what the report says of it."""
+    from distill_pipeline.evaluation.served import unanswerable_tasks
+
+    part, name = work.experiment.evaluation, work.teacher_name
+    said = [f"Teacher {name} is only an API: how far the student is from its distribution is not known."]
+    if "teacher" not in part.baselines:
+        return None, said
+    if fault := unanswerable_tasks(part.tasks, work.experiment.resolve_path(part.include_path) if part.include_path else None):
+        return None, [*said, f"Teacher {name} is only an API and was not evaluated: {fault}."]
+    inputs = {
+        "model:teacher": work.answering_model(name).identity,
+        "extra_body": version_of(work.experiment.teachers[name].extra_body),
+    }
+    return _measured(work, Subject(f"model_evaluation/teacher/{name}", inputs, None), None), said
+
+
 def _teacher(work: Work) -> Subject:
     folder = work.teacher_model()
+    assert folder is not None, "only a teacher whose weights are here is loaded"
     return Subject(f"model_evaluation/teacher/{work.teacher_name}", {"model:teacher": folder.identity}, _loader(folder.path))
 
 
@@ -138,7 +166,7 @@ def _untrained(work: Work, checkpoint: Artifact) -> Subject:
     init_model = work.model(init.model) if init.model else None
     kept_layers = checkpoint.manifest.facts.get("kept_layers")
     inputs = {
-        "model:teacher": teacher.identity,
+        **({"model:teacher": teacher.identity} if teacher is not None else {}),
         "init:recipe": version_of([init.document(), kept_layers, init_model.identity if init_model else None]),
         "init:seed": str(work.experiment.seed),
     }
@@ -150,7 +178,9 @@ def _untrained(work: Work, checkpoint: Artifact) -> Subject:
         made = initial_student(
             init, teacher, init_model, calibration=[], seed=work.experiment.seed, device=device, kept_layers=kept_layers
         )
-        return made.model.eval(), load_tokenizer((init_model or teacher).path)
+        folder = init_model or teacher
+        assert folder is not None, "a student without a teacher's folder starts from a model"
+        return made.model.eval(), load_tokenizer(folder.path)
 
     return Subject(f"model_evaluation/untrained/{version_of(inputs)}", inputs, load)
 
@@ -196,6 +226,8 @@ def _measure(work: Work, subject: Subject, teacher: Artifact | None) -> tuple[di
     from distill_pipeline.models.load import resolve_device
     from distill_pipeline.rendering import ChatRenderer
 
+    if subject.load is None:
+        return _asked(work), None
     part, device = work.experiment.evaluation, resolve_device(work.student_device)
     system = work.experiment.teachers[work.teacher_name].system
     model, tokenizer = subject.load(device)
@@ -207,7 +239,9 @@ def _measure(work: Work, subject: Subject, teacher: Artifact | None) -> tuple[di
     )  # fmt: skip
     if teacher is None:
         return evaluated, None
-    teacher_model, teacher_tokenizer = _loader(work.teacher_model().path)(device)
+    folder = work.teacher_model()
+    assert folder is not None, "only a teacher whose weights are here has a distribution"
+    teacher_model, teacher_tokenizer = _loader(folder.path)(device)
     samples = teacher.read_json("evaluation.json")["samples"]
     step = max(1, len(samples) // HELD_OUT_ANSWERS)
     divergence = held_out_divergence(
@@ -215,3 +249,24 @@ def _measure(work: Work, subject: Subject, teacher: Artifact | None) -> tuple[di
         teacher_renderer=ChatRenderer(teacher_tokenizer, system=system),
     )  # fmt: skip
     return evaluated, divergence
+
+
+def _asked(work: Work) -> dict[str, Any]:
+    """Run the tasks on a teacher that is only an API: one greedy answer a question, kept in the generation store."""
+    from distill_pipeline.evaluation.served import evaluate_served
+    from distill_pipeline.generation.asking import GreedyAnswers
+
+    part, name = work.experiment.evaluation, work.teacher_name
+    teacher, model = work.experiment.teachers[name], work.answering_model(name)
+
+    def answers(max_tokens: int) -> GreedyAnswers:
+        return GreedyAnswers(
+            model, generations_dir=work.store.local_folder("generations"), device=work.teacher_device, max_tokens=max_tokens,
+            extra_body=teacher.extra_body,
+        )  # fmt: skip
+
+    return evaluate_served(
+        answers, name=name, tasks=part.tasks,
+        include_path=work.experiment.resolve_path(part.include_path) if part.include_path else None,
+        system=teacher.system, limit=part.limit, progress=work.progress,
+    )  # fmt: skip

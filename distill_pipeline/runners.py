@@ -54,7 +54,8 @@ def _licensed_teacher(work: Work) -> TeacherSpec:
 
 def _teacher_externals(work: Work) -> dict[str, str]:
     teacher = _licensed_teacher(work)
-    return {f"model:{teacher.weights or teacher.model}": work.teacher_model().identity}
+    model = work.teacher_model() or work.answering_model(work.teacher_name)
+    return {f"model:{teacher.weights or teacher.model}": model.identity}
 
 
 def _outputs_externals(work: Work) -> dict[str, str]:

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from distill_pipeline.errors import ConfigError
 from distill_pipeline.experiment import Experiment
 from distill_pipeline.nodes import Node
 from distill_pipeline.outcome import Progress
@@ -48,16 +47,11 @@ class Work:
         assert self.node.teacher is not None, f"{self.node.name} has no teacher"
         return self.node.teacher
 
-    def teacher_model(self) -> "ModelFolder":
-        """The folder of the node's teacher. Raises ConfigError for one that is only served."""
+    def teacher_model(self) -> "ModelFolder | None":
+        """The folder of the node's teacher; None for one that is only an API."""
         teacher = self.experiment.teachers[self.teacher_name]
         if teacher.engine == "openai":
-            if teacher.weights is None:
-                raise ConfigError(
-                    f"teacher {self.teacher_name} is served, and this needs its weights: set "
-                    f"teachers.{self.teacher_name}.weights to the same model as a Hub id or folder."
-                )
-            return self.model(teacher.weights)
+            return self.model(teacher.weights) if teacher.weights else None
         return self.model(teacher.model, teacher.revision)
 
     def answering_model(self, name: str, revision: str | None = None) -> "TeacherModel":

@@ -1,5 +1,8 @@
 """From a teacher in the experiment file to its engine. Nothing is loaded and nobody is asked yet."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from distill_pipeline.generation.protocol import Engine
 from distill_pipeline.generation.served import ServedModel
 from distill_pipeline.generation.spec import TeacherSpec
@@ -41,9 +44,11 @@ def open_engine(
     )  # fmt: skip
 
 
-def greedy_engine(model: TeacherModel, *, max_tokens: int, device: str) -> Engine:
+def greedy_engine(model: TeacherModel, *, max_tokens: int, device: str, extra_body: Mapping[str, Any] | None = None) -> Engine:
     """The engine of a model that gives one greedy answer a prompt, under its own default system prompt."""
     sampling = {"n": 1, "temperature": 0.0, "max_tokens": max_tokens}
-    where = {"engine": "openai", "server": model.server} if isinstance(model, ServedModel) else {}
+    where: dict[str, Any] = {}
+    if isinstance(model, ServedModel):
+        where = {"engine": "openai", "server": model.server, "extra_body": dict(extra_body or {})}
     teacher = TeacherSpec.model_validate({"model": model.reference, "sampling": sampling, **where})
     return open_engine(model.reference, teacher, model, device=device, seed=0)

@@ -2,9 +2,9 @@
 
 Decided: the engine is stepped from here, not run to the end of a list, so several windows are open at once and what is
 finished is stored while the rest goes on. Prompts are handed over as the token ids that every other stage sees, and texts
-are decoded here: vLLM never opens the tokenizer. Each completion is a request of its own with its own seed; a prompt's
-samples share its prefix in vLLM's cache. Gave up: seeds on a CPU, where vLLM does not take them; there one seed a run,
-made of the run's first request, keeps two runs from drawing the same.
+are decoded here: vLLM never opens the tokenizer. Each completion is a request of its own, with a seed that follows from its
+key; a prompt's samples share its prefix in vLLM's cache. Gave up: equal answers whatever runs beside them, which vLLM's
+kernels do not promise.
 """
 
 import math
@@ -97,11 +97,11 @@ class VllmEngine:
             yield failed
             return
         yield failed
-        with closing(self._opened(seed_of(item.key))) as running:
+        with closing(self._opened()) as running:
             yield from _answered(running, chain([item], waiting), spending)
 
     def facts(self) -> dict[str, Any]:
-        """Device, dtype, and once it was loaded vLLM's version, its context, and whether requests have their own seeds."""
+        """Device, dtype, and once it was loaded vLLM's version and the context."""
         return {"device": self._device, "dtype": self._dtype, **self._facts}
 
     def _requests(self, windows: Iterable[Sequence[Asked]]) -> Iterator[_Request | Completion]:
@@ -112,7 +112,7 @@ class VllmEngine:
                 for index, key in enumerate(asked.keys):
                     yield failed_completion(key, ids) if isinstance(ids, str) else _Request(key, ids, index == 0)
 
-    def _opened(self, run_seed: int) -> "_Running":
+    def _opened(self) -> "_Running":
         """The engine with its model in memory.
 
         Raises:
@@ -133,19 +133,17 @@ class VllmEngine:
         if not any(self._model.path.glob("*.safetensors")):
             raise ModelNotFoundError(f"{self._model.path} holds no .safetensors weights. Save it with save_pretrained.")
         try:
-            engine = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**self._engine_args(run_seed)))
+            engine = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**self._engine_args()))
         except Exception as err:
             raise GenerationError(
                 f"teacher {self._name}: vLLM cannot run {self._model.reference} ({type(err).__name__}: {err}). Where memory is "
                 "short, lower max_model_len or set vllm.gpu_memory_utilization (on a CPU vllm.kv_cache_gib)."
             ) from err
-        running = _Running(engine, self._name, self._renderer, self._sampling, self._stop_token_ids(), has_seeds=kind != "cpu")
-        self._facts = {
-            "vllm": vllm.__version__, "context_tokens": running.context_tokens, "seeded_requests": running.has_seeds,
-        }  # fmt: skip
+        running = _Running(engine, self._name, self._renderer, self._sampling, self._stop_token_ids())
+        self._facts = {"vllm": vllm.__version__, "context_tokens": running.context_tokens}
         return running
 
-    def _engine_args(self, run_seed: int) -> dict[str, Any]:
+    def _engine_args(self) -> dict[str, Any]:
         """Arguments of vLLM's engine; what is unset is left to its own defaults."""
         resources = self._resources
         given = {
@@ -155,7 +153,7 @@ class VllmEngine:
         }  # fmt: skip
         return {
             "model": str(self._model.path), "skip_tokenizer_init": True, "load_format": "safetensors", "dtype": self._dtype,
-            "trust_remote_code": self._trust_remote_code, "generation_config": "vllm", "seed": run_seed % 2**31,
+            "trust_remote_code": self._trust_remote_code, "generation_config": "vllm",
             "tensor_parallel_size": resources.tensor_parallel_size, "enforce_eager": resources.enforce_eager,
             "disable_log_stats": True,
             "logprobs_mode": "raw_logprobs" if self._sampling.temperature == 0.0 else "processed_logprobs",
@@ -171,13 +169,11 @@ class _Running:
     """vLLM's engine with the requests that are in it."""
 
     def __init__(
-        self, engine: Any, name: str, renderer: ChatRenderer, sampling: SamplingSpec, stop_token_ids: frozenset[int], *,
-        has_seeds: bool,
-    ) -> None:  # fmt: skip
+        self, engine: Any, name: str, renderer: ChatRenderer, sampling: SamplingSpec, stop_token_ids: frozenset[int]
+    ) -> None:
         self._engine, self._name, self._renderer, self._sampling = engine, name, renderer, sampling
         self._stop_token_ids = stop_token_ids
         self._in_flight: dict[str, tuple[_Request, Usage]] = {}
-        self.has_seeds = has_seeds
         self.context_tokens: int = engine.vllm_config.model_config.max_model_len
         self.room: int = 2 * engine.vllm_config.scheduler_config.max_num_seqs
 
@@ -195,12 +191,12 @@ class _Running:
 
         params = vllm.SamplingParams(
             temperature=sampling.temperature, top_k=sampling.top_k or 0, top_p=sampling.top_p,
-            seed=seed_of(request.key) if self.has_seeds and sampling.temperature > 0.0 else None,
+            seed=seed_of(request.key) if sampling.temperature > 0.0 else None,
             max_tokens=self.limit(request), logprobs=0, stop_token_ids=sorted(self._stop_token_ids), detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )  # fmt: skip
         try:
-            self._engine.add_request(request.key, {"prompt_token_ids": list(request.prompt_ids)}, params)
+            self._engine.add_request(request.key, {"type": "token", "prompt_token_ids": list(request.prompt_ids)}, params)
         except Exception as err:
             raise self._broken(err) from err
         self._in_flight[request.key] = request, most

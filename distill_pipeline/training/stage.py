@@ -67,7 +67,7 @@ def train_student(
     work_dir: Path,
     *,
     student: StudentSpec,
-    teacher: ModelFolder,
+    teacher: ModelFolder | None,
     init_model: ModelFolder | None,
     system: str | None,
     device: str,
@@ -80,6 +80,7 @@ def train_student(
     Args:
         training_batches: rows of TRAINING_SCHEMA, in a fixed order.
         work_dir: keeps checkpoints between runs; a run that was killed goes on from the last one.
+        teacher: None for one that is only an API: then there is an ``init_model``, and all stages are sft.
         init_model: the folder of ``student.init.model``, else None.
         system: the teacher's system prompt.
         device: a torch device or ``auto``; on CUDA forward passes are in bfloat16.
@@ -92,7 +93,8 @@ def train_student(
     device = resolve_device(device)
     text = _read_text(training_batches, student, teacher, init_model, system)
     run_key = version_of(
-        {"algorithm": ALGORITHM, "student": student.document(), "teacher": teacher.identity, "seed": seed,
+        {"algorithm": ALGORITHM, "student": student.document(), "seed": seed,
+         "teacher": teacher.identity if teacher else None,
          "init_model": init_model.identity if init_model else None, "renderer": text.renderer.fingerprint,
          "data": text.examples.fingerprint(), "device": torch.device(device).type}
     )  # fmt: skip
@@ -102,7 +104,8 @@ def train_student(
         progress(f"going on from {resume.folder}: {len(resume.state['curve'])} steps are done")
     torch.manual_seed(seed)
     initial = _initial(student, teacher, init_model, text, seed, device, resume)
-    progress(f"student: {initial.facts['parameters']:,} parameters, {initial.facts['share']:.0%} of the teacher's")
+    share = initial.facts["share"]
+    progress(f"student: {initial.facts['parameters']:,} parameters" + (f", {share:.0%} of the teacher's" if share else ""))
     needs_teacher = any(stage.needs_teacher for stage in student.stages)
     use_bfloat16 = torch.device(device).type == "cuda"
     pair = _pair(initial.model, teacher if needs_teacher else None, text, device, use_bfloat16)
@@ -117,6 +120,7 @@ def train_student(
     run.run(resume)
     hash_after = parameters_sha256(pair.teacher) if pair.teacher is not None else None
     if hash_before != hash_after:
+        assert teacher is not None, "only a teacher that reads along has a hash"
         raise TrainingError(f"the teacher {teacher.reference} changed while the student trained: {hash_before} to {hash_after}")
     _write_student(pair.student, text.renderer.tokenizer, run.curve, out_dir)
     remove_checkpoints(checkpoint_dir)
@@ -140,11 +144,15 @@ def parameters_sha256(model: Any) -> str:
 
 
 def _read_text(
-    batches: Iterable[pa.RecordBatch], student: StudentSpec, teacher: ModelFolder, init_model: ModelFolder | None,
+    batches: Iterable[pa.RecordBatch], student: StudentSpec, teacher: ModelFolder | None, init_model: ModelFolder | None,
     system: str | None,
 ) -> _Text:  # fmt: skip
-    tokenizer, owner = load_tokenizer(teacher.path), "teacher"
-    if init_model is not None:
+    if teacher is None:
+        assert init_model is not None, "the experiment file checks that"
+        tokenizer, owner = load_tokenizer(init_model.path), "student"
+    else:
+        tokenizer, owner = load_tokenizer(teacher.path), "teacher"
+    if init_model is not None and teacher is not None:
         own = load_tokenizer(init_model.path)
         differing = different_ids(own.get_vocab(), tokenizer.get_vocab())
         if differing and any(stage.needs_teacher for stage in student.stages):
@@ -170,7 +178,7 @@ def different_ids(student_vocab: dict[str, int], teacher_vocab: dict[str, int]) 
 
 
 def _initial(
-    student: StudentSpec, teacher: ModelFolder, init_model: ModelFolder | None, text: _Text, seed: int, device: str,
+    student: StudentSpec, teacher: ModelFolder | None, init_model: ModelFolder | None, text: _Text, seed: int, device: str,
     resume: Checkpoint | None,
 ) -> InitialStudent:  # fmt: skip
     if resume is not None:
