@@ -20,6 +20,7 @@ from distill_pipeline.generation.decoders import Decoder, decoder_for
 from distill_pipeline.generation.protocol import Completion, not_finite_completion, unfit_completion
 from distill_pipeline.generation.sampling import Sampling, sample_tokens
 from distill_pipeline.generation.shared_prefix import SharedPrefixDecoder
+from distill_pipeline.generation.top_logprobs import TopLogprobs
 from distill_pipeline.records import FinishReason
 from distill_pipeline.rendering import ChatRenderer
 
@@ -95,11 +96,18 @@ class TransformersEngine:
             used, last = used + cost, request.prompt_ids
         return batches
 
-    def run_batch(self, batch: Sequence[Request], *, max_tokens: int, sampling: Sampling) -> list[Completion]:
-        """Answer one batch; completions come in the order of the requests."""
+    def run_batch(
+        self, batch: Sequence[Request], *, max_tokens: int, sampling: Sampling, top_logprobs: int = 0
+    ) -> list[Completion]:
+        """Answer one batch; completions come in the order of the requests.
+
+        Args:
+            top_logprobs: give each completion's ``tokens`` with so many likeliest ones at each place; 0 gives none.
+        """
         limits = [min(max_tokens, self.context_tokens - len(request.prompt_ids)) for request in batch]
         fitting = [index for index, limit in enumerate(limits) if limit > 0 and batch[index].prompt_ids]
-        answered = self._sample([batch[i] for i in fitting], [limits[i] for i in fitting], sampling) if fitting else []
+        chosen = [batch[i] for i in fitting]
+        answered = self._sample(chosen, [limits[i] for i in fitting], sampling, top_logprobs) if fitting else []
         completions = dict(zip(fitting, answered, strict=True))
         return [
             completions.get(index) or unfit_completion(request.key, len(request.prompt_ids), self.context_tokens)
@@ -107,7 +115,9 @@ class TransformersEngine:
         ]
 
     @torch.inference_mode()
-    def _sample(self, requests: Sequence[Request], limits: Sequence[int], sampling: Sampling) -> list[Completion]:
+    def _sample(
+        self, requests: Sequence[Request], limits: Sequence[int], sampling: Sampling, top_logprobs: int
+    ) -> list[Completion]:
         """The loop: draw a token a row, drop finished rows, step the others."""
         device = self.model.device
         prompts = list(dict.fromkeys(request.prompt_ids for request in requests))
@@ -120,9 +130,12 @@ class TransformersEngine:
         drawn = torch.full((num_rows, max_tokens), -1, dtype=torch.int64, device=device)
         logprobs = torch.zeros(num_rows, dtype=torch.float32, device=device)
         alive = torch.arange(num_rows, device=device)
+        tops = TopLogprobs(num_rows, max_tokens, min(top_logprobs, self.renderer.vocab_size), device)
         logits_RV = self.decoder.prefill(prompts, rows, max_tokens)[rows]
         for step in range(max_tokens):
-            tokens_R, logprobs_R = sample_tokens(logits_RV[:, : self.renderer.vocab_size], sampling, seeds_R[alive], step)
+            known_RV = logits_RV[:, : self.renderer.vocab_size]
+            tokens_R, logprobs_R = sample_tokens(known_RV, sampling, seeds_R[alive], step)
+            tops.take(known_RV, tokens_R, alive, step)
             drawn[alive, step] = tokens_R
             logprobs[alive] += logprobs_R
             goes_on = ~torch.isin(tokens_R, stops) & (limits_R[alive] > step + 1)
@@ -138,9 +151,9 @@ class TransformersEngine:
                 self.decoder.drop(holes, movers, left)
             logits_RV = self.decoder.step(tokens_R)
         table, sums = drawn.tolist(), logprobs.tolist()
-        return [self._completion(request, table[i], sums[i]) for i, request in enumerate(requests)]
+        return [self._completion(request, table[i], sums[i], tops, i) for i, request in enumerate(requests)]
 
-    def _completion(self, request: Request, drawn: list[int], logprob: float) -> Completion:
+    def _completion(self, request: Request, drawn: list[int], logprob: float, tops: TopLogprobs, row: int) -> Completion:
         count = drawn.index(-1) if -1 in drawn else len(drawn)
         finished = drawn[count - 1] in self.stop_token_ids
         ids = tuple(drawn[: count - finished])
@@ -149,8 +162,9 @@ class TransformersEngine:
         reason: FinishReason = "stop" if finished else "length"
         end = drawn[count - 1] if finished else None
         return Completion(
-            request.key, self.renderer.decode(ids), ids, reason, len(request.prompt_ids), count, logprob, end_token_id=end
-        )
+            request.key, self.renderer.decode(ids), ids, reason, len(request.prompt_ids), count, logprob, end_token_id=end,
+            tokens=tops.of(row, drawn[:count]),
+        )  # fmt: skip
 
 
 def seed_of(key: str) -> int:

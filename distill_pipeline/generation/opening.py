@@ -27,7 +27,7 @@ def open_engine(
 
         return ServerEngine(
             model, name=name, sampling=teacher.sampling, seed=seed, system=teacher.system, extra_body=teacher.extra_body,
-            logprobs=teacher.logprobs, progress=progress,
+            logprobs=teacher.logprobs, top_logprobs=teacher.top_logprobs, progress=progress,
         )  # fmt: skip
     if teacher.engine == "vllm":
         from distill_pipeline.generation.vllm_engine import VllmEngine
@@ -35,12 +35,13 @@ def open_engine(
         return VllmEngine(
             model, name=name, sampling=teacher.sampling, seed=seed, device=device, system=teacher.system, dtype=teacher.dtype,
             max_model_len=teacher.max_model_len, resources=teacher.vllm, trust_remote_code=teacher.trust_remote_code,
+            top_logprobs=teacher.top_logprobs,
         )  # fmt: skip
     from distill_pipeline.generation.local import LocalEngine
 
     return LocalEngine(
         model, sampling=teacher.sampling, seed=seed, device=device, system=teacher.system, dtype=teacher.dtype,
-        batch_tokens=teacher.batch_tokens, trust_remote_code=teacher.trust_remote_code,
+        batch_tokens=teacher.batch_tokens, trust_remote_code=teacher.trust_remote_code, top_logprobs=teacher.top_logprobs,
     )  # fmt: skip
 
 

@@ -115,6 +115,10 @@ class TeacherSpec(Spec):
         None, ge=2, exclude_if=_is_unset,
         description="with engine vllm: most tokens of prompt and completion; null is the model's own context",
     )  # fmt: skip
+    top_logprobs: int | None = Field(
+        None, ge=1, le=128, exclude_if=_is_unset,
+        description="store each completion's token ids and, at each place, so many likeliest tokens with log-probabilities",
+    )  # fmt: skip
     vllm: VllmSpec | None = Field(None, exclude_if=_is_unset, description="with engine vllm: what it may take of the machine")
     server: ServerSpec | None = Field(None, exclude_if=_is_unset, description="with engine openai: where it is")
     extra_body: dict[str, Any] = Field(

@@ -8,19 +8,27 @@ kernels do not promise.
 """
 
 import math
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 
 from distill_pipeline.errors import ConfigError, GenerationError, MissingExtraError, ModelNotFoundError
 from distill_pipeline.generation.budget import Spending, Usage
 from distill_pipeline.generation.engine import seed_of, stop_tokens_of
 from distill_pipeline.generation.local import rendered
-from distill_pipeline.generation.protocol import Asked, Completion, failed_completion, not_finite_completion, unfit_completion
+from distill_pipeline.generation.protocol import (
+    Asked,
+    Completion,
+    TokenLogprobs,
+    failed_completion,
+    not_finite_completion,
+    unfit_completion,
+)
 from distill_pipeline.generation.requests import VLLM_ENGINE, family_settings
 from distill_pipeline.generation.spec import SamplingSpec, VllmSpec
 from distill_pipeline.models.load import load_generation_config, load_tokenizer, resolve_device, resolve_dtype
@@ -56,18 +64,21 @@ class VllmEngine:
         max_model_len: int | None = None,
         resources: VllmSpec | None = None,
         trust_remote_code: bool = False,
+        top_logprobs: int | None = None,
     ) -> None:
         """
         Args:
             name: what messages call the teacher.
             device: ``auto``, ``cpu`` or ``cuda``; which of several CUDA devices, CUDA_VISIBLE_DEVICES says.
             max_model_len: most tokens of prompt and completion; None is the model's own context.
+            top_logprobs: give each completion's tokens with so many likeliest ones at each place. All log-probabilities are
+                then the model's own at temperature 1, since vLLM gives one kind in a run.
         Raises:
             ConfigError: the device has a number.
         """
         self._model, self._name, self._sampling, self._seed = model, name, sampling, seed
         self._max_model_len, self._resources = max_model_len, resources or VllmSpec()
-        self._trust_remote_code = trust_remote_code
+        self._trust_remote_code, self._top_logprobs = trust_remote_code, top_logprobs
         self._device = resolve_device(device)
         if torch.device(self._device).index is not None:
             raise ConfigError(
@@ -79,7 +90,7 @@ class VllmEngine:
         self._facts: dict[str, Any] = {}
         self.settings = family_settings(
             identity=model.identity, revision=model.revision, engine=VLLM_ENGINE, dtype=self._dtype, system=system,
-            rendering=self._renderer.fingerprint, sampling=sampling, seed=seed,
+            rendering=self._renderer.fingerprint, sampling=sampling, seed=seed, top_logprobs=top_logprobs,
         ) | {"max_model_len": max_model_len}  # fmt: skip
 
     def answer(self, windows: Iterable[Sequence[Asked]], spending: Spending) -> Generator[list[Completion], None, None]:
@@ -139,7 +150,7 @@ class VllmEngine:
                 f"teacher {self._name}: vLLM cannot run {self._model.reference} ({type(err).__name__}: {err}). Where memory is "
                 "short, lower max_model_len or set vllm.gpu_memory_utilization (on a CPU vllm.kv_cache_gib)."
             ) from err
-        running = _Running(engine, self._name, self._renderer, self._sampling, self._stop_token_ids())
+        running = _Running(engine, self._name, self._renderer, self._sampling, self._stop_token_ids(), self._top_logprobs or 0)
         self._facts = {"vllm": vllm.__version__, "context_tokens": running.context_tokens}
         return running
 
@@ -149,14 +160,15 @@ class VllmEngine:
         given = {
             "max_model_len": self._max_model_len, "gpu_memory_utilization": resources.gpu_memory_utilization,
             "kv_cache_memory_bytes": resources.kv_cache_gib and int(resources.kv_cache_gib * 2**30),
-            "max_num_seqs": resources.max_num_seqs,
+            "max_num_seqs": resources.max_num_seqs, "max_logprobs": self._top_logprobs,
         }  # fmt: skip
+        own = self._sampling.temperature == 0.0 or self._top_logprobs is not None
         return {
             "model": str(self._model.path), "skip_tokenizer_init": True, "load_format": "safetensors", "dtype": self._dtype,
             "trust_remote_code": self._trust_remote_code, "generation_config": "vllm",
             "tensor_parallel_size": resources.tensor_parallel_size, "enforce_eager": resources.enforce_eager,
             "disable_log_stats": True,
-            "logprobs_mode": "raw_logprobs" if self._sampling.temperature == 0.0 else "processed_logprobs",
+            "logprobs_mode": "raw_logprobs" if own else "processed_logprobs",
             **{name: value for name, value in given.items() if value is not None},
         }  # fmt: skip
 
@@ -169,10 +181,11 @@ class _Running:
     """vLLM's engine with the requests that are in it."""
 
     def __init__(
-        self, engine: Any, name: str, renderer: ChatRenderer, sampling: SamplingSpec, stop_token_ids: frozenset[int]
-    ) -> None:
+        self, engine: Any, name: str, renderer: ChatRenderer, sampling: SamplingSpec, stop_token_ids: frozenset[int],
+        top_logprobs: int,
+    ) -> None:  # fmt: skip
         self._engine, self._name, self._renderer, self._sampling = engine, name, renderer, sampling
-        self._stop_token_ids = stop_token_ids
+        self._stop_token_ids, self._top_logprobs = stop_token_ids, top_logprobs
         self._in_flight: dict[str, tuple[_Request, Usage]] = {}
         self.context_tokens: int = engine.vllm_config.model_config.max_model_len
         self.room: int = 2 * engine.vllm_config.scheduler_config.max_num_seqs
@@ -192,8 +205,8 @@ class _Running:
         params = vllm.SamplingParams(
             temperature=sampling.temperature, top_k=sampling.top_k or 0, top_p=sampling.top_p,
             seed=seed_of(request.key) if sampling.temperature > 0.0 else None,
-            max_tokens=self.limit(request), logprobs=0, stop_token_ids=sorted(self._stop_token_ids), detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
+            max_tokens=self.limit(request), logprobs=self._top_logprobs, stop_token_ids=sorted(self._stop_token_ids),
+            detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
         )  # fmt: skip
         try:
             self._engine.add_request(request.key, {"type": "token", "prompt_token_ids": list(request.prompt_ids)}, params)
@@ -230,7 +243,7 @@ class _Running:
         ids = tuple(drawn if end is None else drawn[:-1])
         return Completion(
             request.key, self._renderer.decode(ids), ids, output.finish_reason, length, len(drawn), output.cumulative_logprob,
-            end_token_id=end,
+            end_token_id=end, tokens=_tokens(drawn, output.logprobs, self._top_logprobs) if self._top_logprobs else None,
         )  # fmt: skip
 
     def _broken(self, err: Exception) -> GenerationError:
@@ -238,6 +251,17 @@ class _Running:
             f"teacher {self._name}: vLLM stopped working ({type(err).__name__}: {err}). Everything answered is stored: run "
             "again."
         )
+
+
+def _tokens(drawn: Sequence[int], places: Sequence[Mapping[int, Any]], k: int) -> TokenLogprobs:
+    """vLLM gives each place's ``k`` likeliest tokens and the drawn one, with their ranks from 1."""
+    tops = [sorted(place.items(), key=lambda item: item[1].rank)[:k] for place in places]
+    own = [place[token].logprob for token, place in zip(drawn, places, strict=True)]
+    return TokenLogprobs(
+        np.array(drawn, np.int32), np.array(own, np.float32),
+        np.array([token for top in tops for token, _ in top], np.int32),
+        np.array([found.logprob for top in tops for _, found in top], np.float32),
+    )  # fmt: skip
 
 
 def _answered(
