@@ -94,14 +94,18 @@ def model(tmp_path: Path, tiny_model_dir: Path) -> ModelFolder:
     return resolve_model(str(tiny_model_dir), models_dir=tmp_path / "models", progress=lambda line: None)
 
 
-@pytest.fixture
-def open_vllm(model: ModelFolder) -> Callable[..., Engine]:
+def opener(model: ModelFolder) -> Callable[..., Engine]:
     def opened(*, device: str = "cpu", engine: str = "vllm", **fields: Any) -> Engine:
         sampling = {"n": 2, "temperature": 0.8, "max_tokens": 12} | fields.pop("sampling", {})
         teacher = TeacherSpec.model_validate({"model": "tiny", "engine": engine, "sampling": sampling} | fields)
         return open_engine("tiny", teacher, model, device=device, seed=0)
 
     return opened
+
+
+@pytest.fixture
+def open_vllm(model: ModelFolder) -> Callable[..., Engine]:
+    return opener(model)
 
 
 def asked(numbers: Any, samples: int = 2) -> list[Asked]:
@@ -301,26 +305,61 @@ def test_what_vllm_may_take_of_the_machine_changes_no_version_and_what_can_chang
 
 # --- with vLLM itself ------------------------------------------------------------------------------------------------
 
+LITTLE: dict[str, Any] = {
+    "max_model_len": CONTEXT, "vllm": {"enforce_eager": True, "kv_cache_gib": 0.25, "max_num_seqs": 8},
+}  # fmt: skip
 
-@pytest.mark.skipif(not HAS_VLLM, reason="vllm is not installed: what it computes is not covered")
-@pytest.mark.filterwarnings("default")
-@pytest.mark.timeout(1800)
-def test_vllm_itself_answers_as_engine_transformers_does(open_vllm: Callable[..., Engine]) -> None:
-    greedy = {"n": 1, "temperature": 0.0, "max_tokens": 12}
-    little = {"max_model_len": CONTEXT, "vllm": {"enforce_eager": True, "kv_cache_gib": 0.25, "max_num_seqs": 8}}
+
+def needs_vllm(test: Any) -> Any:
+    """Skipped without vLLM, whose own warnings are no errors and which takes its time to start."""
+    test = pytest.mark.skipif(not HAS_VLLM, reason="vllm is not installed: what it computes is not covered")(test)
+    return pytest.mark.filterwarnings("default")(pytest.mark.timeout(1800)(test))
+
+
+@needs_vllm
+def test_vllm_itself_answers_as_engine_transformers_does(open_wide: Callable[..., Engine]) -> None:
+    greedy = {"sampling": {"n": 1, "temperature": 0.0, "max_tokens": 12}, "top_logprobs": 3}
     windows = [asked(range(6), samples=1), asked(range(6, 12), samples=1)]
-    engine = open_vllm(sampling=greedy, **little)
-    theirs, ours = answers(engine, windows), answers(open_vllm(engine="transformers", sampling=greedy), windows)
-    equal = [
-        key
-        for key in ours
-        if (ours[key].token_ids, ours[key].end_token_id) == (theirs[key].token_ids, theirs[key].end_token_id)
-    ]
+    engine = open_wide(**greedy, **LITTLE)
+    theirs, ours = answers(engine, windows), answers(open_wide(engine="transformers", **greedy), windows)
+    equal = [key for key in ours if drawn(ours[key]) == drawn(theirs[key])]
     assert len(equal) >= 11
     for key in equal:
         assert theirs[key].text == ours[key].text
         assert theirs[key].finish_reason == ours[key].finish_reason
         assert theirs[key].completion_tokens == ours[key].completion_tokens
         assert theirs[key].logprob == pytest.approx(ours[key].logprob, abs=0.02 * ours[key].completion_tokens)
-    assert {one.finish_reason for one in theirs.values()} >= {"length"}
+        mine, other = ours[key].tokens, theirs[key].tokens
+        assert mine is not None
+        assert other is not None
+        assert mine.ids.tolist() == other.ids.tolist()
+        assert mine.logprobs == pytest.approx(other.logprobs, abs=0.02)
+        assert mine.top_logprobs == pytest.approx(other.top_logprobs, abs=0.02)
+        assert len(other.top_ids) == 3 * len(other.ids)
+        assert mine.top_ids.tolist()[::3] == other.top_ids.tolist()[::3]
+    assert {one.finish_reason for one in theirs.values()} == {"stop", "length"}
     assert engine.facts()["context_tokens"] == CONTEXT
+
+
+@needs_vllm
+def test_vllm_itself_draws_equal_tokens_for_equal_keys_from_the_distribution_that_was_asked_for(
+    open_wide: Callable[..., Engine],
+) -> None:
+    sampling = {"n": 2, "temperature": 0.8, "top_k": 5, "top_p": 1.0, "max_tokens": 12}
+    first = answers(open_wide(sampling=sampling, **LITTLE), [asked(range(6))])
+    again = answers(open_wide(sampling=sampling, **LITTLE), [asked(range(3, 6)), asked(range(3))])
+    equal = [key for key in first if drawn(first[key]) == drawn(again[key])]
+    assert len(equal) >= len(first) - 1
+    assert len({drawn(one) for one in first.values()}) > len(first) / 2
+    sure = answers(open_wide(sampling=sampling | {"top_k": 1}, **LITTLE), [asked(range(2))])
+    assert all(one.logprob == pytest.approx(0.0, abs=1e-5) for one in sure.values()), "of one token nothing is uncertain"
+
+
+def drawn(completion: Completion) -> tuple[Any, ...]:
+    return completion.token_ids, completion.end_token_id
+
+
+@pytest.fixture
+def open_wide(tmp_path: Path, wide_model_dir: Path) -> Callable[..., Engine]:
+    """As ``open_vllm``, of a model that vLLM's kernels take."""
+    return opener(resolve_model(str(wide_model_dir), models_dir=tmp_path / "models", progress=lambda line: None))
