@@ -87,7 +87,7 @@ def experiment_nodes(experiment: Experiment) -> dict[str, Node]:
             "student": student,
             "method": "+".join(dict.fromkeys(stage.method for stage in recipe.stages)),
         }
-        model = {"model": frozen.model, "revision": frozen.revision, "system": frozen.system}
+        model: dict[str, Any] = {"model": frozen.model, "revision": frozen.revision, "system": frozen.system}
         model |= {"weights": frozen.weights} if frozen.weights else {}
         model |= {"extra_body": frozen.extra_body} if frozen.extra_body and not frozen.weights else {}
         spec = {"student": recipe.document(), "teacher": model, "seed": experiment.seed}
