@@ -149,7 +149,8 @@ def test_prompts_are_the_token_ids_that_engine_transformers_sees(open_vllm: Call
     assert stand_in.args["skip_tokenizer_init"] is True
     shared = local.settings.keys() - {"engine"}
     assert all(local.settings[name] == engine.settings[name] for name in shared)
-    assert family_of(local.settings) != family_of(engine.settings)
+    others = [open_vllm(system="be brief", **{name: value}) for name, value in (("max_model_len", 64), ("dtype", "bfloat16"))]
+    assert len({family_of(one.settings) for one in (local, engine, *others)}) == 4
 
 
 def test_sampling_end_tokens_and_what_the_machine_may_give_reach_vllm(
