@@ -6,12 +6,12 @@ nothing. What cannot be known before it happens (how many answers a filter accep
 """
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,7 +22,11 @@ from distill_pipeline.pipeline import Pipeline
 from distill_pipeline.records import TRAINING_SCHEMA
 from distill_pipeline.runners import RUNNERS
 from distill_pipeline.training.position import stage_load
+from distill_pipeline.training.spec import StudentSpec
 from distill_pipeline.work import Work, evaluation_documents_of
+
+if TYPE_CHECKING:
+    from distill_pipeline.signals.table import SignalSource
 
 PROBE_PROMPTS = 8
 ROW_OVERHEAD_BYTES = 300
@@ -70,6 +74,7 @@ def plan_experiment(pipeline: Pipeline, *, probe: bool = True) -> list[PlanLine]
         lines.append(line)
         if found is not None:
             probes[teacher] = found
+    lines += [_plan_signals(pipeline, name, prompts, probes) for name in pipeline.experiment.wanted_signals()]
     for student in pipeline.experiment.students:
         lines.append(_plan_student(pipeline, student, prompts, probes.get(pipeline.experiment.teacher_of(student))))
     documents = len(evaluation_documents_of(pipeline.experiment))
@@ -144,7 +149,7 @@ def _plan_teacher(
 ) -> tuple[PlanLine, TeacherProbe | None]:
     """Requests a teacher will be sent, and what a few of them took."""
     teacher = pipeline.experiment.teachers[name]
-    mine = [row for row in prompts if "*" in teacher.domains or row["domain"] in teacher.domains]
+    mine = [row for row in prompts if teacher.answers(row["domain"])]
     node, expected = f"teacher_outputs/{name}", len(mine) * teacher.sampling.n
     if teacher.server is not None and mine:
         return _plan_served(pipeline, name, mine), None
@@ -183,7 +188,9 @@ def _probe_teacher(pipeline: Pipeline, name: str, prompts: Sequence[dict[str, An
     from distill_pipeline.generation.stage import generate_outputs, missing_requests
 
     teacher = pipeline.experiment.teachers[name]
-    model = _work(pipeline, pipeline.node(f"teacher_outputs/{name}")).answering_model(name)
+    work = _work(pipeline, pipeline.node(f"teacher_outputs/{name}"))
+    work.teacher_terms(name)
+    model = work.answering_model(name)
     missing = missing_requests(
         prompts, teacher=teacher, model=model, generations_dir=pipeline.store.local_folder("generations"),
         device=pipeline.teacher_device, seed=pipeline.experiment.seed,
@@ -210,14 +217,31 @@ def _probe_teacher(pipeline: Pipeline, name: str, prompts: Sequence[dict[str, An
     ), missing
 
 
+def _plan_signals(
+    pipeline: Pipeline, name: str, prompts: Sequence[dict[str, Any]], probes: Mapping[str, TeacherProbe]
+) -> PlanLine:
+    """Bytes of a teacher's stored distributions, if the filter accepts everything."""
+    signals, teacher = pipeline.experiment.signals, name.split("/")[0]
+    (kinds, _), probe = pipeline.experiment.wanted_signals()[name], probes.get(teacher)
+    sampling = pipeline.experiment.teachers[teacher].sampling
+    rows = len(prompts) * _most_a_prompt(pipeline, name)
+    tokens = int(rows * (probe.tokens_per_row if probe else sampling.max_tokens))
+    a_token = sum(signals.bytes_a_token(kind) for kind in kinds)
+    note = f"{' and '.join(kinds)}, {a_token:.0f} bytes a token" + ("" if probe else "; tokens at most")
+    return PlanLine(f"teacher_signals/{name}", rows, tokens, int(tokens * a_token), None, note)
+
+
+def _most_a_prompt(pipeline: Pipeline, reference: str) -> int:
+    """Completions a prompt that a ``teacher/filter`` keeps at most."""
+    teacher, rule = reference.split("/")
+    n = pipeline.experiment.teachers[teacher].sampling.n
+    return max(min(n, part.most_per_prompt or n) for part in pipeline.experiment.filters[rule].rules())
+
+
 def _plan_student(pipeline: Pipeline, name: str, prompts: Sequence[dict[str, Any]], probe: TeacherProbe | None) -> PlanLine:
     """Completions a student sees at most, and the time from one measured step of each stage."""
     recipe = pipeline.experiment.students[name]
-    a_prompt = 0
-    for reference in recipe.data:
-        teacher, rule = reference.split("/")
-        n = pipeline.experiment.teachers[teacher].sampling.n
-        a_prompt += max(min(n, part.most_per_prompt or n) for part in pipeline.experiment.filters[rule].rules())
+    a_prompt = sum(_most_a_prompt(pipeline, reference) for reference in recipe.data)
     tokens_a_row = None if probe is None else probe.tokens_per_row
     loads = [stage_load(stage, len(prompts), a_prompt, tokens_a_row) for stage in recipe.stages]
     rows, rolled = sum(load.rows for load in loads), sum(load.rollouts for load in loads)
@@ -244,17 +268,37 @@ def _probe_student(pipeline: Pipeline, name: str, probe: TeacherProbe) -> tuple[
     node = pipeline.node(f"student_checkpoint/{name}")
     work = _work(pipeline, node)
     pipeline.progress(f"probe: one step of {name}")
+    rows = pa.RecordBatch.from_pylist(_training_rows(probe.training_rows), schema=TRAINING_SCHEMA)
+    system = pipeline.experiment.data_prompts(name, work.teacher_name).shared
     with tempfile.TemporaryDirectory() as folder:
         outcome = train_student(
-            [pa.RecordBatch.from_pylist(_training_rows(probe.training_rows), schema=TRAINING_SCHEMA)], Path(folder, "out"),
-            Path(folder, "work"), student=recipe.model_copy(update={"stages": steps}), teacher=work.teacher_model(),
+            [rows], Path(folder, "out"), Path(folder, "work"), student=recipe.model_copy(update={"stages": steps}),
+            teacher=work.teacher_model(),
             init_model=work.model(recipe.init.model) if recipe.init.model else None,
-            system=pipeline.experiment.teachers[work.teacher_name].system, device=pipeline.student_device,
-            seed=pipeline.experiment.seed, progress=silent,
+            system=system, device=pipeline.student_device, seed=pipeline.experiment.seed, progress=silent,
+            signals=pipeline.experiment.signals,
+            signal_sources=_probe_signals(work, rows, recipe, Path(folder, "signals")),
         )  # fmt: skip
     facts = outcome.facts
     costs = [seconds / max(tokens, 1) for seconds, tokens in zip(facts["stage_seconds"], facts["stage_tokens"], strict=True)]
     return costs, int(facts["parameters"])
+
+
+def _probe_signals(work: Work, rows: pa.RecordBatch, recipe: StudentSpec, folder: Path) -> "list[SignalSource]":
+    """Teacher signals of the probe's answers, for a student that reads stored ones."""
+    from distill_pipeline.signals.table import SignalSource
+    from distill_pipeline.training.capture import capture_signals
+
+    if not recipe.signal_kinds():
+        return []
+    folder.mkdir()
+    teacher, experiment = work.teacher_weights(), work.experiment
+    capture_signals(
+        [rows], folder, folder / "work", signals=experiment.signals, kinds=recipe.signal_kinds(), max_length=recipe.max_length,
+        teacher=teacher, system=experiment.teachers[work.teacher_name].system_prompts.shared, device=work.teacher_device,
+        seed=experiment.seed, progress=silent,
+    )  # fmt: skip
+    return [SignalSource("of the probe", folder, teacher.identity)]
 
 
 def _training_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -15,8 +15,9 @@ from distill_pipeline.evaluation.language_model import GeneratedText, RenderedPr
 from distill_pipeline.evaluation.stage import evaluate_subject
 from distill_pipeline.evaluation.tasks import load_tasks
 from distill_pipeline.generation.asking import Answer, GreedyAnswers
-from distill_pipeline.generation.reasoning import split_reasoning
 from distill_pipeline.outcome import Progress
+from distill_pipeline.reasoning import split_reasoning
+from distill_pipeline.system_prompts import with_system
 
 REFUSED = ("prompt_too_long", "rejected", "content_filter")
 """Errors that asking again would not mend."""
@@ -79,9 +80,7 @@ class ServedSubject(LM):  # type: ignore[misc]
     ) -> RenderedPrompt:
         """A conversation as a prompt, with the teacher's system prompt; its text is for logs."""
         assert add_generation_prompt, "such tasks are not asked"
-        messages = [{"role": message["role"], "content": message["content"]} for message in chat_history]
-        if self._system is not None and (not messages or messages[0]["role"] != "system"):
-            messages.insert(0, {"role": "system", "content": self._system})
+        messages = [dict(message) for message in with_system(chat_history, self._system)]
         prompt = RenderedPrompt("\n\n".join(message["content"] for message in messages))
         prompt.messages, prompt.prefix = tuple(messages), ""
         return prompt
@@ -118,4 +117,6 @@ class ServedSubject(LM):  # type: ignore[misc]
 
 
 def _text(answer: Answer, until: Sequence[str]) -> GeneratedText:
-    return cut_answer(split_reasoning(answer["raw_text"])[1], until, answer["finish_reason"])
+    text = cut_answer(split_reasoning(answer["raw_text"])[1], until, answer["finish_reason"])
+    text.raw_text = answer["raw_text"]
+    return text

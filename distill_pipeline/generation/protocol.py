@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from distill_pipeline.generation.budget import Spending
+from distill_pipeline.generation.budget import Spending, Usage
 from distill_pipeline.records import FinishReason
 
 Message = Mapping[str, str]
@@ -82,6 +82,21 @@ class Engine(Protocol):
 
     def facts(self) -> dict[str, Any]:
         """What the manifest says of how the answers were made."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Prompts that are answered together, and the most they can cost: who answers them changes no answer."""
+
+    asked: tuple[Asked, ...]
+    most: Usage
+
+
+class DivisibleEngine(Engine, Protocol):
+    """An engine whose work can be divided among several of its kind."""
+
+    def pieces(self, window: Sequence[Asked]) -> tuple[list[Piece], list[Completion]]:
+        """A window in pieces, and the completions of prompts that cannot be asked. Loads no model."""
 
 
 def unfit_completion(key: str, prompt_tokens: int, context_tokens: int) -> Completion:
