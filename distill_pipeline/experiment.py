@@ -220,6 +220,7 @@ def _cross_faults(document: Mapping[str, Any]) -> Iterator[str]:
             kind = _mapping(part).get("kind")
             if isinstance(kind, str) and (fault := scorer_fault(kind, _mapping(_mapping(part).get("options")))):
                 yield f"scorers.{domain}.{index}.kind: {fault}"
+    yield from _api_faults(document)
     yield from _signal_faults(document)
     yield from _online_faults(document)
     students = set(_mapping(document.get("students")))
@@ -233,6 +234,35 @@ def _cross_faults(document: Mapping[str, Any]) -> Iterator[str]:
         n, temperature = sampling.get("n", 4), sampling.get("temperature", 0.7)
         if temperature == 0 and isinstance(n, int) and n > 1:
             yield f"teachers.{teacher}.sampling: temperature 0 is greedy, {n} samples would be equal; set n: 1"
+
+
+def _api_faults(document: Mapping[str, Any]) -> Iterator[str]:
+    """What a student wants of a teacher that is only an API: its layers, or its distribution."""
+    teachers = _mapping(document.get("teachers"))
+    for student, part in _mapping(document.get("students")).items():
+        references, stages = _mapping(part).get("data"), _mapping(part).get("stages")
+        wanted = dict.fromkeys(str(name).split("/")[0] for name in (references if isinstance(references, list) else []))
+        served = [name for name in wanted if _is_only_api(_mapping(teachers.get(name)))]
+        if not served:
+            continue
+        name = served[0]
+        otherwise = f"or set teachers.{name}.weights to the same model as a Hub id or folder"
+        given = [kind for kind in ("prune", "scratch") if _mapping(_mapping(part).get("init")).get(kind)]
+        if given and name == next(iter(wanted)):
+            yield (
+                f"students.{student}.init.{given[0]}: teacher {name} is only an API, so its layers are not here; give init: "
+                f"{{model: ...}}, {otherwise}"
+            )
+        for index, stage in enumerate(stages if isinstance(stages, list) else []):
+            if _mapping(stage).get("method") in {"logit_kd", "on_policy"}:
+                yield (
+                    f"students.{student}.stages.{index}.method: {stage['method']} learns the teacher's distribution, and "
+                    f"teacher {name} is only an API; use sft, {otherwise}"
+                )
+
+
+def _is_only_api(teacher: Mapping[str, Any]) -> bool:
+    return teacher.get("engine") == "openai" and not teacher.get("weights")
 
 
 def _signal_faults(document: Mapping[str, Any]) -> Iterator[str]:

@@ -32,7 +32,7 @@ STAGE_COMMANDS: Mapping[Stage, str] = {
 """The ``distill`` subcommand that makes each stage's artifacts."""
 
 NO_RESULT_CHANGE = {
-    "batch_tokens", "micro_batch_tokens", "gradient_checkpointing", "batch_size", "compute", "server", "budget",
+    "batch_tokens", "micro_batch_tokens", "gradient_checkpointing", "batch_size", "compute", "server", "budget", "vllm",
 }  # fmt: skip
 """Fields that change speed, memory or cost only, wherever they stand; ``compute`` says who works, and is in no node's part."""
 
@@ -124,6 +124,7 @@ def _teacher_model(teacher: TeacherSpec) -> dict[str, Any]:
     prompts = teacher.system_prompts
     model: dict[str, Any] = {"model": teacher.model, "revision": teacher.revision, "system": prompts.default}
     model |= {"systems": dict(prompts.by_domain)} if prompts.by_domain else {}
+    model |= {"extra_body": teacher.extra_body} if teacher.extra_body and not teacher.weights else {}
     return model | ({"weights": teacher.weights} if teacher.weights else {})
 
 

@@ -296,7 +296,7 @@ def _probe_signals(work: Work, rows: pa.RecordBatch, recipe: StudentSpec, folder
     if not recipe.signal_kinds():
         return []
     folder.mkdir()
-    teacher, experiment = work.teacher_model(), work.experiment
+    teacher, experiment = work.teacher_weights(), work.experiment
     capture_signals(
         [rows], folder, folder / "work", signals=experiment.signals, kinds=recipe.signal_kinds(), max_length=recipe.max_length,
         teacher=teacher, system=experiment.teachers[work.teacher_name].system_prompts.shared, device=work.teacher_device,

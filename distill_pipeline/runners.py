@@ -53,7 +53,8 @@ def _filter_externals(work: Work) -> dict[str, str]:
 def _teacher_externals(work: Work) -> dict[str, str]:
     work.teacher_terms(work.teacher_name)
     teacher = work.experiment.teachers[work.teacher_name]
-    return {f"model:{teacher.weights or teacher.model}": work.teacher_model().identity}
+    model = work.teacher_model() or work.answering_model(work.teacher_name)
+    return {f"model:{teacher.weights or teacher.model}": model.identity}
 
 
 def _outputs_externals(work: Work) -> dict[str, str]:
@@ -182,7 +183,7 @@ def _run_teacher_signals(work: Work, out_dir: Path, input_key: str) -> Outcome:
     kinds, max_length = work.experiment.wanted_signals()[work.node.name.split("/", 1)[1]]
     outcome = capture_signals(
         rows, out_dir, work.store.work_dir(work.node.name, input_key), signals=work.experiment.signals, kinds=kinds,
-        max_length=max_length, teacher=work.teacher_model(), system=system, device=work.teacher_device,
+        max_length=max_length, teacher=work.teacher_weights(), system=system, device=work.teacher_device,
         seed=work.experiment.seed, progress=work.progress,
     )  # fmt: skip
     return Outcome(outcome.counts, outcome.facts | {"teacher": data.manifest.facts["teacher"]}, outcome.failed_gate)

@@ -48,17 +48,22 @@ class Work:
         assert self.node.teacher is not None, f"{self.node.name} has no teacher"
         return self.node.teacher
 
-    def teacher_model(self) -> "ModelFolder":
-        """The folder of the node's teacher. Raises ConfigError for one that is only served."""
+    def teacher_model(self) -> "ModelFolder | None":
+        """The folder of the node's teacher; None for one that is only an API."""
         teacher = self.experiment.teachers[self.teacher_name]
         if teacher.engine == "openai":
-            if teacher.weights is None:
-                raise ConfigError(
-                    f"teacher {self.teacher_name} is served, and this needs its weights: set "
-                    f"teachers.{self.teacher_name}.weights to the same model as a Hub id or folder."
-                )
-            return self.model(teacher.weights)
+            return self.model(teacher.weights) if teacher.weights else None
         return self.model(teacher.model, teacher.revision)
+
+    def teacher_weights(self) -> "ModelFolder":
+        """The folder of the node's teacher, for what looks into it. Raises ConfigError for one that is only an API."""
+        folder = self.teacher_model()
+        if folder is None:
+            raise ConfigError(
+                f"teacher {self.teacher_name} is only an API, and this needs its weights: set "
+                f"teachers.{self.teacher_name}.weights to the same model as a Hub id or folder."
+            )
+        return folder
 
     def teacher_terms(self, name: str) -> dict[str, Any]:
         """The licence facts of a teacher, decided before its model is loaded or asked.

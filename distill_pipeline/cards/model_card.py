@@ -64,10 +64,11 @@ def write_model_card(
         "datasets": hub_datasets(sources), "tags": ["distillation", *methods, "distill-pipeline"], "model_name": name,
     }  # fmt: skip
     who = ", ".join(unique(f"{facts['name']} ({facts['model']})" for facts in teachers))
+    share = "" if facts["share"] is None else f" ({facts['share']:.0%} of its teacher's)"
     parts = [
         f"# {cell_text(name)}",
         notices(teachers),
-        f"A student of {cell_text(who)}, {facts['parameters']:,} parameters ({facts['share']:.0%} of its teacher's), made by "
+        f"A student of {cell_text(who)}, {facts['parameters']:,} parameters{share}, made by "
         f"distill-pipeline: experiment {cell_text(experiment)}, student {cell_text(student)}.",
         teachers_section(teachers),
         _data_section(sets, sources),

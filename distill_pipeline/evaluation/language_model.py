@@ -130,7 +130,7 @@ class EvaluatedModel(LM):  # type: ignore[misc]
         for index, request in enumerate(requests):
             groups.setdefault(repr(sorted(request.args[1].items())), []).append(index)
         for indices in groups.values():
-            settings = _settings(requests[indices[0]].args[1], requests[indices[0]].task_name)
+            settings = generation_settings(requests[indices[0]].args[1], requests[indices[0]].task_name)
             prompts = {
                 index: (self._request_key(requests[index], index), self.prompt_ids(requests[index].args[0]))
                 for index in indices
@@ -158,7 +158,7 @@ class EvaluatedModel(LM):  # type: ignore[misc]
                 tokens = written.pop(index) + list(completion.token_ids)
                 is_full = spent > 0 and completion.finish_reason == "error"  # the answer reached the end of the context
                 reason = "length" if is_full else completion.finish_reason
-                answer = _cut(self.renderer.decode(tokens), until, reason, self._opened)
+                answer = cut_answer(self.renderer.decode(tokens), until, reason, self._opened)
                 cut_short = len(completion.token_ids) < budget
                 if answer.finish_reason == "length" and not cut_short and len(tokens) < max_tokens:
                     written[index] = tokens
@@ -215,7 +215,12 @@ def _fit(row: Row, max_length: int) -> Row:
     return prompt[-max(1, max_length + 1 - len(completion)) :], completion
 
 
-def _cut(text: str, until: Sequence[str], finish_reason: str, opened: str) -> GeneratedText:
+def cut_answer(text: str, until: Sequence[str], finish_reason: str, opened: str = "") -> GeneratedText:
+    """An answer up to the first of the strings that end it, without its reasoning.
+
+    Args:
+        opened: as :func:`split_reasoning` takes it.
+    """
     ends = [position for stop in until if stop and (position := text.find(stop)) >= 0]
     text = text[: min(ends)] if ends else text
     reasoning, said = split_reasoning(text, opened=opened)
@@ -224,7 +229,7 @@ def _cut(text: str, until: Sequence[str], finish_reason: str, opened: str) -> Ge
     return answer
 
 
-def _settings(kwargs: Mapping[str, Any], task: str | None) -> dict[str, Any]:
+def generation_settings(kwargs: Mapping[str, Any], task: str | None) -> dict[str, Any]:
     """A task's generation settings as arguments of the engine. Raises ConfigError for those it does not know."""
     known = normalize_gen_kwargs(dict(kwargs), DEFAULT_ANSWER_TOKENS)
     if strange := sorted(key for key in known if key not in PARAMETERS and known[key] != INERT.get(key, object())):

@@ -8,8 +8,9 @@ where it has several.
 
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -60,18 +61,37 @@ def evaluate_model(
     Raises:
         ConfigError: a task is unknown, cannot be loaded, or runs model-written code.
     """
-    import lm_eval
-
     from distill_pipeline.evaluation.language_model import EvaluatedModel
 
     renderer = ChatRenderer(tokenizer, system=system)
     subject = EvaluatedModel(model, renderer, batch_size=batch_size, device=device, progress=progress)
+    return evaluate_subject(
+        subject, tasks=tasks, include_path=include_path, limit=limit, has_template=tokenizer.chat_template is not None,
+        renderer=renderer.fingerprint,
+    )  # fmt: skip
+
+
+def evaluate_subject(
+    subject: Any, *, tasks: Sequence[str], include_path: str | None, limit: int | None, has_template: bool, renderer: str
+) -> dict[str, Any]:
+    """What :func:`evaluate_model` returns, of any model that lm-eval can ask.
+
+    Args:
+        subject: an ``lm_eval.api.model.LM`` whose prompts and answers are those of
+            :mod:`distill_pipeline.evaluation.language_model`.
+        has_template: whether prompts are conversations.
+        renderer: the fingerprint of how they are rendered.
+    Raises:
+        ConfigError: as :func:`evaluate_model`.
+    """
+    import lm_eval
+
     with _random_state_kept(), hints_off():
         manager, opened = open_tasks(tasks, include_path)
         _refuse_unsafe(opened["tasks"])
         results = lm_eval.simple_evaluate(
             model=subject, tasks=list(tasks), task_manager=manager, limit=limit, bootstrap_iters=0,
-            log_samples=True, fewshot_as_multiturn=True, apply_chat_template=tokenizer.chat_template is not None,
+            log_samples=True, fewshot_as_multiturn=True, apply_chat_template=has_template,
             random_seed=SEED, numpy_random_seed=SEED, torch_random_seed=SEED, fewshot_random_seed=SEED,
         )  # fmt: skip
     samples = [sample for name in results["samples"] for sample in _samples_of(name, results["samples"][name])]
@@ -83,7 +103,7 @@ def evaluate_model(
         "requested": [name for name in _requested(tasks, results) if name in metrics],
         "subtasks": {group: _leaves(group, results["group_subtasks"]) for group in results["group_subtasks"]},
         "samples": samples,
-        "renderer": renderer.fingerprint,
+        "renderer": renderer,
         "limit": limit,
         "lm_eval_version": lm_eval.__version__,
     }
@@ -96,10 +116,15 @@ def evaluate_by_system(model: Any, tokenizer: Any, *, systems: Mapping[str, str 
         systems: the system prompt of each task, in the order of the tasks.
         options: the other keywords of :func:`evaluate_model`.
     """
+    return by_system(partial(evaluate_model, model, tokenizer, **options), systems)
+
+
+def by_system(evaluate: Callable[..., dict[str, Any]], systems: Mapping[str, str | None]) -> dict[str, Any]:
+    """The results of ``evaluate(tasks=..., system=...)`` for each system prompt's tasks, as one."""
     groups: dict[str | None, list[str]] = {}
     for task, system in systems.items():
         groups.setdefault(system, []).append(task)
-    parts = [evaluate_model(model, tokenizer, tasks=tasks, system=system, **options) for system, tasks in groups.items()]
+    parts = [evaluate(tasks=tasks, system=system) for system, tasks in groups.items()]
     if len(parts) == 1:
         return parts[0]
     for system, part in zip(groups, parts, strict=True):

@@ -7,11 +7,12 @@ never left idle while the slowest completions of one window are waited for.
 import time
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -19,7 +20,7 @@ from distill_pipeline.errors import GenerationError, IntegrityError
 from distill_pipeline.generation.budget import Spending
 from distill_pipeline.generation.families import Families
 from distill_pipeline.generation.protocol import Asked, Completion, Engine
-from distill_pipeline.generation.store import GenerationStore
+from distill_pipeline.generation.store import TOKEN_COLUMNS, GenerationStore
 from distill_pipeline.hashing import sha256_of
 from distill_pipeline.outcome import Progress
 from distill_pipeline.reasoning import split_reasoning
@@ -28,6 +29,9 @@ from distill_pipeline.records import COMPLETION_SCHEMA
 PROGRESS_SECONDS = 5.0
 ROWS_AT_ONCE = 4096
 """Rows of a window that are in memory while they are written."""
+
+TOKEN_SCHEMA = pa.schema([COMPLETION_SCHEMA.field("completion_id"), *TOKEN_COLUMNS])
+"""Files ``tokens-*.parquet``, beside the rows of a teacher with ``top_logprobs``: one row a completion with known tokens."""
 
 Prompt = dict[str, Any]
 
@@ -126,11 +130,18 @@ class AnsweringRun:
     def _write(self, window: _Window) -> None:
         """All rows of a window, from the store."""
         prompts_at_once = max(1, ROWS_AT_ONCE // self.samples_per_prompt)
-        with pq.ParquetWriter(window.path, COMPLETION_SCHEMA, compression="zstd") as writer:
+        with ExitStack() as files:
+            writer = files.enter_context(pq.ParquetWriter(window.path, COMPLETION_SCHEMA, compression="zstd"))
+            tokens = None
+            if self.store.has_tokens:
+                path = window.path.with_name(window.path.name.replace("part-", "tokens-"))
+                tokens = files.enter_context(pq.ParquetWriter(path, TOKEN_SCHEMA, compression="zstd"))
             for start in range(0, len(window.prompts), prompts_at_once):
                 prompts = window.prompts[start : start + prompts_at_once]
                 rows = list(self._rows(prompts, window.failed))
                 writer.write_table(pa.Table.from_pylist(rows, schema=COMPLETION_SCHEMA))
+                if tokens is not None:
+                    tokens.write_table(self._token_rows(rows))
 
     def _rows(self, prompts: Sequence[Prompt], failed: dict[str, Completion]) -> Iterator[dict[str, Any]]:
         keys = [self.keys_of(prompt) for prompt in prompts]
@@ -141,6 +152,15 @@ class AnsweringRun:
                 answer = stored.get(key) or (stored_form(failed[key]) if key in failed else None)
                 yield (row := self._row(prompt["prompt_id"], index, key, answer))
             self.tokens["prompt"] += row["prompt_tokens"] if row else 0
+
+    def _token_rows(self, rows: Sequence[dict[str, Any]]) -> pa.Table:
+        """TOKEN_SCHEMA of the rows whose tokens the engine knew, in their order."""
+        ids = {row["request_key"]: (place, row["completion_id"]) for place, row in enumerate(rows)}
+        table = self.store.read_tokens(list(ids))
+        places, names = zip(*(ids[key] for key in table["request_key"].to_pylist()), strict=True) if len(table) else ((), ())
+        self.counts["with_tokens"] += len(table)
+        table = table.set_column(0, TOKEN_SCHEMA.field(0), pa.array(names, pa.string()))
+        return table.take(pa.array(np.argsort(places), pa.int64()))
 
     def _row(self, prompt_id: str, index: int, key: str, answer: dict[str, Any] | None) -> dict[str, Any]:
         if answer is None:
@@ -197,7 +217,8 @@ class AnsweringRun:
             "prompt_tokens": self.tokens["prompt"], "completion_tokens": self.tokens["completion"],
             "generated_tokens": generated, "tokens_per_second": speed and round(speed, 1),
             "seconds": round(self.engine_seconds, 3), "errors": dict(self.errors), "cost": self.spending.facts(),
-            **({"reasoning": dict(self.thoughts)} if self.thoughts else {}), **self.engine.facts(),
+            **({"reasoning": dict(self.thoughts)} if self.thoughts else {}),
+            **({"with_tokens": self.counts["with_tokens"]} if self.store.has_tokens else {}), **self.engine.facts(),
         }  # fmt: skip
 
 

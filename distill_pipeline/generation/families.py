@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from distill_pipeline.generation.budget import Usage
 from distill_pipeline.generation.protocol import Completion
@@ -79,6 +80,15 @@ class Families:
     def read(self, keys: Sequence[str]) -> dict[str, dict[str, Any]]:
         """The usable answers to the given keys that are on disk."""
         return {key: answer for store in self._stores.values() for key, answer in store.read(keys).items()}
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether answers are kept with their tokens."""
+        return self._last.has_tokens
+
+    def read_tokens(self, keys: Sequence[str]) -> pa.Table:
+        """The tokens of the usable answers to the given keys, in some order."""
+        return pa.concat_tables([store.read_tokens(keys) for store in self._stores.values()])
 
     def expect(self, prompt: Mapping[str, Any], keys: Iterable[str]) -> None:
         """Say, before they are asked for, whose answers to a prompt will be added."""

@@ -27,25 +27,28 @@ class LocalEngine:
         seed: int,
         device: str,
         system: str | None = None,
+        dtype: str | None = None,
         batch_tokens: int = 16_384,
         trust_remote_code: bool = False,
+        top_logprobs: int | None = None,
         is_elsewhere: bool = False,
     ) -> None:
         """
         Args:
             device: a torch device or ``auto``.
             batch_tokens: most tokens of a generation batch.
+            top_logprobs: give each completion's tokens with so many likeliest ones at each place.
             is_elsewhere: the device is another machine's: this engine divides work, and is not loaded.
         """
         self._model, self._sampling = model, sampling
-        self._batch_tokens, self._trust_remote_code = batch_tokens, trust_remote_code
+        self._batch_tokens, self._trust_remote_code, self._top_logprobs = batch_tokens, trust_remote_code, top_logprobs
         self._device = device if is_elsewhere else resolve_device(device)
-        self._dtype = resolve_dtype(model.path, self._device)
+        self._dtype = dtype or resolve_dtype(model.path, self._device)
         self._renderer = ChatRenderer(load_tokenizer(model.path, trust_remote_code=trust_remote_code), system=system)
         self._engine: TransformersEngine | None = None
         self.settings = family_settings(
             identity=model.identity, revision=model.revision, engine=LOCAL_ENGINE, dtype=self._dtype, system=system,
-            rendering=self._renderer.fingerprint, sampling=sampling, seed=seed,
+            rendering=self._renderer.fingerprint, sampling=sampling, seed=seed, top_logprobs=top_logprobs,
         )  # fmt: skip
 
     def answer(self, windows: Iterable[Sequence[Asked]], spending: Spending) -> Generator[list[Completion], None, None]:
@@ -61,7 +64,9 @@ class LocalEngine:
                 most = self._most(batch)
                 if not spending.reserve(most):
                     raise spending.used_up()
-                completions = self._engine.run_batch(batch, max_tokens=max_tokens, sampling=draw)
+                completions = self._engine.run_batch(
+                    batch, max_tokens=max_tokens, sampling=draw, top_logprobs=self._top_logprobs or 0
+                )
                 spending.release(most)
                 spending.pay(Usage(most.prompt_tokens, sum(done.completion_tokens for done in completions), len(batch)))
                 yield completions

@@ -182,7 +182,8 @@ def _tiles(report: Mapping[str, Any]) -> list[dict[str, str]]:
         {"what": "KL to the teacher", "value": number(held_out.get("forward_kl")),
          "more": "nats per token" + (f", before training {number(start)}" if start is not None else "")},
         {"what": "Size", "value": compact(parameters.get("student")),
-         "more": f"{percent(parameters['share'], 0)} of the teacher's {compact(parameters.get('teacher'))}"},
+         "more": f"{percent(parameters['share'], 0)} of the teacher's {compact(parameters.get('teacher'))}"
+                 if parameters["share"] is not None else "the teacher's size is not known"},
     ]  # fmt: skip
 
 
@@ -298,7 +299,8 @@ def _leaderboard_cells(row: Mapping[str, Any], is_share: bool) -> dict[str, Any]
         "range": interval_range(row["score"], is_share=is_share),
         "gap": percent(row["gap_recovered"]["value"]), "gap_range": interval_range(row["gap_recovered"], is_share=True),
         "kl": number(row["held_out_kl"]), "agreement": percent(row["top1_agreement"]),
-        "parameters": compact(row["parameters"]), "share": f"{percent(row['share'], 0)} of teacher",
+        "parameters": compact(row["parameters"]),
+        "share": "" if row["share"] is None else f"{percent(row['share'], 0)} of teacher",
         "tokens": compact(row["trained_tokens"]), "seconds": duration(row["training_seconds"]),
     }  # fmt: skip
 

@@ -88,7 +88,7 @@ def train_student(
     work_dir: Path,
     *,
     student: StudentSpec,
-    teacher: ModelFolder,
+    teacher: ModelFolder | None,
     init_model: ModelFolder | None,
     system: str | None,
     device: str,
@@ -103,6 +103,7 @@ def train_student(
     Args:
         training_batches: rows of TRAINING_SCHEMA, in a fixed order.
         work_dir: keeps checkpoints between runs; a run that was killed goes on from the last one.
+        teacher: None for one that is only an API: then there is an ``init_model``, and all stages are sft.
         init_model: the folder of ``student.init.model``, else None.
         system: the system prompt of conversations that do not begin with one.
         device: a torch device or ``auto``.
@@ -118,6 +119,7 @@ def train_student(
     renderer, owner = _renderer(student, teacher, init_model, system)
     own_renderer = None
     if any(stage.reads_apart for stage in student.stages):
+        assert teacher is not None, "the experiment file checks that its weights are here"
         own_renderer = renderer if owner == "teacher" else ChatRenderer(load_tokenizer(teacher.path), system=system)
     stored = _stored_signals(student, renderer, signals, signal_sources, work_dir / "signals")
     opened = "" if student.target == "trace" else opening_of(renderer)
@@ -130,7 +132,8 @@ def train_student(
         counts |= {f"{task}_tokens": number for task, number in weigh_tasks(training, student.answer_weight).items()}
     text = _Text(renderer, owner, own_renderer, training, held_out, counts)
     run_key = version_of(
-        {"algorithm": ALGORITHM, "student": student.document(), "teacher": teacher.identity, "seed": seed,
+        {"algorithm": ALGORITHM, "student": student.document(), "seed": seed,
+         "teacher": teacher.identity if teacher else None,
          "init_model": init_model.identity if init_model else None, "renderer": text.renderer.fingerprint,
          "data": examples.fingerprint(), "device": torch.device(device).type}
     )  # fmt: skip
@@ -140,7 +143,8 @@ def train_student(
         progress(f"going on from {resume.folder}: {len(resume.state['curve'])} steps are done")
     torch.manual_seed(seed)
     initial = _initial(student, teacher, init_model, text, seed, device, resume)
-    progress(f"student: {initial.facts['parameters']:,} parameters, {initial.facts['share']:.0%} of the teacher's")
+    share = initial.facts["share"]
+    progress(f"student: {initial.facts['parameters']:,} parameters" + (f", {share:.0%} of the teacher's" if share else ""))
     dtype = compute_dtype(student.precision, device)
     adapters = add_adapters(initial.model, student.lora, seed) if student.lora is not None else None
     if student.gradient_checkpointing:
@@ -162,6 +166,7 @@ def train_student(
     run.run(resume)
     hash_after = parameters_sha256(pair.teacher) if pair.teacher is not None else None
     if hash_before != hash_after:
+        assert teacher is not None, "only a teacher that reads along has a hash"
         raise TrainingError(f"the teacher {teacher.reference} changed while the student trained: {hash_before} to {hash_after}")
     trained = pair.student if adapters is None else adapters.merge()
     with written_or_removed(out_dir, "the student", checkpoint_dir):
@@ -206,9 +211,12 @@ def parameters_sha256(model: Any) -> str:
 
 
 def _renderer(
-    student: StudentSpec, teacher: ModelFolder, init_model: ModelFolder | None, system: str | None
+    student: StudentSpec, teacher: ModelFolder | None, init_model: ModelFolder | None, system: str | None
 ) -> tuple[ChatRenderer, str]:
     """What turns text into the student's tokens, and whose tokenizer it has."""
+    if teacher is None:
+        assert init_model is not None, "the experiment file checks that"
+        return ChatRenderer(load_tokenizer(init_model.path), system=system), "student"
     tokenizer, owner = load_tokenizer(teacher.path), "teacher"
     if init_model is not None:
         own = load_tokenizer(init_model.path)
@@ -254,7 +262,7 @@ def different_ids(student_vocab: dict[str, int], teacher_vocab: dict[str, int]) 
 
 
 def _initial(
-    student: StudentSpec, teacher: ModelFolder, init_model: ModelFolder | None, text: _Text, seed: int, device: str,
+    student: StudentSpec, teacher: ModelFolder | None, init_model: ModelFolder | None, text: _Text, seed: int, device: str,
     resume: Checkpoint | None,
 ) -> InitialStudent:  # fmt: skip
     if resume is not None:

@@ -41,7 +41,7 @@ class InitialStudent:
 
 def initial_student(
     init: InitSpec,
-    teacher: ModelFolder,
+    teacher: ModelFolder | None,
     init_model: ModelFolder | None,
     calibration: Sequence[Sequence[int]],
     seed: int,
@@ -51,6 +51,7 @@ def initial_student(
     """Make the student that training starts from; the same arguments give the same weights.
 
     Args:
+        teacher: None for one that is only an API; then ``init`` names a model.
         init_model: the folder that ``init.model`` names, else None.
         calibration: token ids of texts on which layers are measured; needed only where ``prune`` must choose layers.
         kept_layers: from an earlier call's facts, to make the same student without calibration.
@@ -64,12 +65,14 @@ def initial_student(
             raise ConfigError(f"the student starts from {init.model}, but its folder was not given")
         model = load_model(init_model.path, device=device)
         facts["init_model"] = {"reference": init_model.reference, "identity": init_model.identity}
-        teacher_parameters = _stored_parameters(teacher)
+        teacher_parameters = _stored_parameters(teacher) if teacher is not None else None
     elif init.scratch is not None:
+        assert teacher is not None, "the experiment file checks that its layers are here"
         model = _from_scratch(teacher, init.scratch.layers, seed).to(device)
         teacher_parameters = _stored_parameters(teacher)
     else:
         assert init.prune is not None
+        assert teacher is not None, "the experiment file checks that its layers are here"
         model = load_model(teacher.path, device=device)
         teacher_parameters = num_parameters(model)
         if kept_layers is None:
@@ -78,7 +81,7 @@ def initial_student(
         keep_layers(model, kept_layers)
         facts["kept_layers"] = kept_layers
     parameters = num_parameters(model)
-    share = round(parameters / teacher_parameters, 4)
+    share = round(parameters / teacher_parameters, 4) if teacher_parameters else None
     facts |= {"parameters": parameters, "teacher_parameters": teacher_parameters, "share": share}
     return InitialStudent(model.eval(), facts)
 

@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+
+from distill_pipeline.generation.protocol import TokenLogprobs
 from distill_pipeline.reasoning import CLOSE_TAG, OPEN_TAG
 
 _FINISH = {
@@ -18,6 +21,7 @@ _TOO_LONG = re.compile(
     re.IGNORECASE,
 )
 _NO_MONEY = re.compile(r"insufficient_quota|insufficient balance|payment required", re.IGNORECASE)
+_TOKEN_ID = "token_id:"
 MAX_ERROR_CHARS = 300
 
 
@@ -30,6 +34,8 @@ class Choice:
     logprob: float | None = None
     tokens: int | None = None
     problem: str | None = None
+    steps: Sequence[Mapping[str, Any]] = ()
+    """What the server says of each token, where it was asked for log-probabilities."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +124,20 @@ def _choice(choice: Mapping[str, Any]) -> Choice:
     text = with_reasoning(*_parts(message))
     steps = (choice.get("logprobs") or {}).get("content")
     logprob = math.fsum(step["logprob"] for step in steps) if steps else None
-    return Choice(text, finish == "length", logprob, len(steps) if steps else None)
+    return Choice(text, finish == "length", logprob, len(steps) if steps else None, steps=steps or ())
+
+
+def token_logprobs(steps: Sequence[Mapping[str, Any]]) -> TokenLogprobs | None:
+    """Tokens by their ids with the likeliest ones; None where the server names tokens by their texts, which have no one id."""
+    named = [token for step in steps for token in (step, *step.get("top_logprobs", ()))]
+    if not steps or not all(str(token["token"]).startswith(_TOKEN_ID) for token in named):
+        return None
+    tops = [token for step in steps for token in step["top_logprobs"]]
+    ids, top_ids = ([int(token["token"].removeprefix(_TOKEN_ID)) for token in part] for part in (steps, tops))
+    own, top = ([token["logprob"] for token in part] for part in (steps, tops))
+    return TokenLogprobs(
+        np.array(ids, np.int32), np.array(own, np.float32), np.array(top_ids, np.int32), np.array(top, np.float32)
+    )
 
 
 def _parts(message: Mapping[str, Any]) -> tuple[str, str]:
