@@ -17,6 +17,7 @@ from distill_pipeline.experiment import load_experiment
 from distill_pipeline.hashing import files_version
 from distill_pipeline.lineage import lineage_lines, open_folder, trace
 from distill_pipeline.pipeline import Pipeline
+from distill_pipeline.runners import UNHASHED_FILES
 from distill_pipeline.storage.artifacts import Artifact, ArtifactStore
 
 TASK = """\
@@ -143,7 +144,7 @@ def test_cards_tell_the_terms_and_make_no_version(world: World) -> None:
     *_, first_data, first_student = made(None)
     cards = [Path(artifact.uri, "README.md").read_text() for artifact in (first_data, first_student)]
     for artifact in (first_data, first_student):
-        content = {entry.path: entry.sha256 for entry in artifact.manifest.files if entry.path != "README.md"}
+        content = {entry.path: entry.sha256 for entry in artifact.manifest.files if entry.path not in UNHASHED_FILES}
         assert artifact.version == files_version(content), "cards are no content"
     assert "# Llama\\-tiny\\-scratch\n" in cards[1]
     assert first_student.manifest.facts["published_name"] == "Llama-tiny-scratch"

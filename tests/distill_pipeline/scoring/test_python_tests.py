@@ -118,15 +118,33 @@ def test_a_program_cannot_reach_a_server_of_this_machine() -> None:
 
 
 def test_what_a_program_leaves_running_ends_with_it() -> None:
-    marker = "What runs inside the sandbox"
-    (value,) = judged("import os\nif os.fork() == 0:\n    os.setsid()\n    while True: pass\n" + GOOD)
-    assert value.score == 1.0
-    assert not [pid for pid in Path("/proc").iterdir() if pid.name.isdigit() and marker in command(pid)]
+    name = f"left{os.getpid()}"
+    rename = f"import ctypes\n    ctypes.CDLL(None).prctl(15, b'{name}', 0, 0, 0)"
+    left = f"import os\nif os.fork() == 0:\n    os.setsid()\n    {rename}\n    while True: pass\nimport time\ntime.sleep(1)\n"
+    was_seen, is_over = threading.Event(), threading.Event()
+
+    def watch() -> None:
+        while not is_over.wait(0.02):
+            if processes_called(name):
+                was_seen.set()
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    (value,) = judged(left + GOOD)
+    is_over.set()
+    watcher.join()
+    assert value.score == 1.0, value.detail
+    assert was_seen.is_set()
+    assert not processes_called(name)
 
 
-def command(pid: Path) -> str:
+def processes_called(name: str) -> list[Path]:
+    return [pid for pid in Path("/proc").iterdir() if pid.name.isdigit() and called(pid) == name]
+
+
+def called(pid: Path) -> str:
     try:
-        return (pid / "cmdline").read_text()
+        return (pid / "comm").read_text().strip()
     except OSError:
         return ""
 
