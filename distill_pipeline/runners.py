@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
@@ -18,6 +19,10 @@ from distill_pipeline.nodes import Stage
 from distill_pipeline.outcome import Outcome
 from distill_pipeline.storage.artifacts import Artifact
 from distill_pipeline.work import Work, evaluation_documents_of, protected_documents, protected_index
+
+if TYPE_CHECKING:
+    from distill_pipeline.generation.accepting import CountAccepted
+    from distill_pipeline.scoring.rows import ScoringContext
 
 UNHASHED_FILES = frozenset({"report.html", "report.json", "comparison.html", "comparison.json", "leaderboard.json"})
 """Files whose bytes hold times and costs: they are listed with their hashes but do not make a version."""
@@ -59,7 +64,8 @@ def _teacher_externals(work: Work) -> dict[str, str]:
 
 def _outputs_externals(work: Work) -> dict[str, str]:
     teacher = _licensed_teacher(work)
-    return {f"model:{teacher.model}": work.answering_model(work.teacher_name).identity}
+    found = {f"model:{teacher.model}": work.answering_model(work.teacher_name).identity}
+    return found if teacher.accept_target is None else _scorer_externals(work) | found
 
 
 def _student_externals(work: Work) -> dict[str, str]:
@@ -115,7 +121,7 @@ def _run_teacher_outputs(work: Work, out_dir: Path, input_key: str) -> Outcome:
     outcome = generate_outputs(
         work.input("prompt_pool").batches(), out_dir, teacher_name=name, teacher=teacher, model=model,
         generations_dir=work.store.local_folder("generations"), device=work.teacher_device, seed=work.experiment.seed,
-        progress=work.progress,
+        progress=work.progress, count_accepted=_count_accepted(work),
     )  # fmt: skip
     identity = {"name": name, "model": teacher.model, "revision": model.revision, "identity": model.identity}
     terms = check_license(name, teacher.license, teacher.accept)
@@ -123,17 +129,30 @@ def _run_teacher_outputs(work: Work, out_dir: Path, input_key: str) -> Outcome:
     return Outcome(outcome.counts, outcome.facts | {"teacher": identity | terms | how}, outcome.failed_gate)
 
 
-def _run_scored_outputs(work: Work, out_dir: Path, input_key: str) -> Outcome:
-    from distill_pipeline.scoring.rows import ScoringContext
-    from distill_pipeline.scoring.stage import score_outputs
+def _count_accepted(work: Work) -> "CountAccepted | None":
+    """Who says which answers are accepted, where that decides how many samples a prompt is asked for."""
+    if work.experiment.teachers[work.teacher_name].accept_target is None:
+        return None
+    from distill_pipeline.acceptance import accepted_by_scores
 
-    context = ScoringContext(
+    return accepted_by_scores(work.experiment.scorers, _scoring_context(work), work.experiment.compute)
+
+
+def _scoring_context(work: Work) -> "ScoringContext":
+    from distill_pipeline.scoring.rows import ScoringContext
+
+    return ScoringContext(
         models=work.scoring_models(), device=work.teacher_device, scores_dir=work.store.local_folder("scores"),
         generations_dir=work.store.local_folder("generations"), progress=work.progress,
     )  # fmt: skip
+
+
+def _run_scored_outputs(work: Work, out_dir: Path, input_key: str) -> Outcome:
+    from distill_pipeline.scoring.stage import score_outputs
+
     return score_outputs(
         work.input("prompt_pool").batches(), work.input("teacher_outputs").batches(), out_dir,
-        scorers=work.experiment.scorers, context=context, compute=work.experiment.compute,
+        scorers=work.experiment.scorers, context=_scoring_context(work), compute=work.experiment.compute,
     )  # fmt: skip
 
 

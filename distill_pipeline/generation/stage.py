@@ -13,12 +13,13 @@ from typing import Any
 import pyarrow as pa
 
 from distill_pipeline.errors import EmptyResultError
+from distill_pipeline.generation.accepting import AcceptRounds, CountAccepted
 from distill_pipeline.generation.answering import AnsweringRun
 from distill_pipeline.generation.budget import Spending
 from distill_pipeline.generation.opening import TeacherModel, open_engine
 from distill_pipeline.generation.requests import family_of, request_key
 from distill_pipeline.generation.spec import TeacherSpec
-from distill_pipeline.generation.spool import spooled, windows
+from distill_pipeline.generation.spool import prompts_in, spooled, windows
 from distill_pipeline.generation.store import GenerationStore
 from distill_pipeline.outcome import Outcome, Progress
 from distill_pipeline.storage.files import write_whole
@@ -35,20 +36,25 @@ def generate_outputs(
     device: str,
     seed: int,
     progress: Progress,
+    count_accepted: CountAccepted | None = None,
     flush_rows: int = 2048,
     flush_seconds: float = 30.0,
 ) -> Outcome:
     """Write ``part-*.parquet`` (COMPLETION_SCHEMA) with n rows a training prompt, in the pool's order, then by sample.
+
+    With ``accept_target`` a prompt has as many rows as it took to have enough accepted ones, see
+    :mod:`distill_pipeline.generation.accepting`.
 
     Args:
         prompt_batches: the prompt pool; only training prompts of the teacher's domains are answered.
         model: the folder of a model that runs here, or a model that a server has.
         generations_dir: where the answers of all runs are kept; the next run takes from there.
         device: a torch device or ``auto``.
+        count_accepted: says what is accepted; needed where the budget has an ``accept_target``.
         flush_rows, flush_seconds: how much a crash can lose; batches in flight come on top.
     Returns:
         counts with ``expected == stopped + truncated + failed``, of which ``reused`` cost nothing; facts say the family, what
-        differs from this teacher's last run, tokens, speed and cost.
+        differs from this teacher's last run, tokens, speed and cost, these by domain too, and what an ``accept_target`` saved.
     Raises:
         BudgetError: the teacher's budget does not hold what is missing; what it did hold is stored.
         EmptyResultError: the teacher answers no prompt of the pool.
@@ -67,17 +73,24 @@ def generate_outputs(
                 f"teacher {teacher_name} answers the domains {', '.join(teacher.domains)}, and no training prompt is in them; "
                 f"the pool's training prompts are in: {', '.join(sorted(domains)) or 'none'}."
             )
+        target, changed = teacher.accept_target, changed_settings(generations_dir, teacher_name, settings)
         run = AnsweringRun(
             teacher_name, teacher.sampling.n, family, store, engine, Spending(teacher.budget, before=store.paid),
-            num_prompts * teacher.sampling.n, progress,
+            num_prompts * teacher.sampling.n if target is None else 0, progress,
         )  # fmt: skip
-        run.missing = sum(len(asked.keys) for window in windows(spool) for asked in run.missing_of(window))
-        changed = _changed_settings(generations_dir, teacher_name, settings)
-        _announce(run, changed)
-        run.answer(windows(spool), out_dir)
+        facts: dict[str, Any] = {"family": family, "settings": settings, "settings_changed": changed}
+        if target is None:
+            run.missing = sum(len(asked.keys) for window in windows(prompts_in(spool)) for asked in run.missing_of(window))
+            _announce(run, changed)
+            run.answer(windows(prompts_in(spool)), out_dir)
+        else:
+            assert count_accepted is not None, "accept_target needs somebody who says what is accepted"
+            rounds = AcceptRounds(run, spool, num_prompts, target, count_accepted)
+            rounds.answer(out_dir, lambda: _announce(run, changed))
+            facts["accept_target"] = rounds.facts()
     counts = run.final_counts(num_prompts)
     write_whole(_last_settings_file(generations_dir, teacher_name), json.dumps(settings))
-    return Outcome(counts, run.facts() | {"family": family, "settings": settings, "settings_changed": changed})
+    return Outcome(counts, run.facts() | facts)
 
 
 def missing_requests(
@@ -102,7 +115,7 @@ def _last_settings_file(generations_dir: Path, teacher_name: str) -> Path:
     return generations_dir / "last" / f"{teacher_name}.json"
 
 
-def _changed_settings(generations_dir: Path, teacher_name: str, settings: dict[str, Any]) -> dict[str, list[Any]]:
+def changed_settings(generations_dir: Path, teacher_name: str, settings: dict[str, Any]) -> dict[str, list[Any]]:
     """Settings that differ from this teacher's last finished run here: name, then old and new value."""
     file = _last_settings_file(generations_dir, teacher_name)
     if not file.exists():
