@@ -252,6 +252,8 @@ def stored_answers(
 ) -> Generator[list[Completion], None, None]:
     """What an engine answers, each list in the store's hands before it is given out; at the end, or if it breaks, on disk.
 
+    A run that ends well leaves no crowd of small parts behind.
+
     Raises what the engine raises.
     """
     try:
@@ -264,6 +266,7 @@ def stored_answers(
     finally:
         store.pay(spending.take_unsaved())
         store.flush()
+    store.compact()
 
 
 def stored_form(done: Completion) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 Layout: ``<root>/<family>/part-<time>-<random>.parquet`` and ``<root>/<family>/family.json`` with the readable settings. Parts
 are never changed and appear whole, so several runs may write at once and a crash loses only what was not flushed. Of two
-answers to one request the first stays. Failed requests are not kept: the next run asks again. A part's metadata holds what
+answers to one request the first stays. Many small parts are merged into few. Failed requests are not kept: the next run asks again. A part's metadata holds what
 was paid since the part before it, failed requests included, so ``paid`` is the cost of a family over all runs.
 
 Decided: an answer that ended by itself serves every ``max_tokens`` that holds it; one that was cut serves only the
@@ -18,8 +18,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from distill_pipeline.errors import IntegrityError
 from distill_pipeline.generation.budget import Usage
 from distill_pipeline.generation.protocol import Completion
+from distill_pipeline.storage.compaction import Notes, merge_small_parts, replaced_by
 from distill_pipeline.storage.parts import KeyIndex, PartWriter, part_files, read_part, remove_abandoned
 
 STORED_SCHEMA = pa.schema(
@@ -64,10 +66,8 @@ class GenerationStore:
         about = "family.json", json.dumps(settings, indent=1, sort_keys=True)
         self._writer = PartWriter(self.folder, STORED_SCHEMA, about=about, flush_rows=flush_rows, flush_seconds=flush_seconds)
         remove_abandoned(self.folder)
-        self._parts = part_files(self.folder)
-        self._index = KeyIndex()
-        self.paid, self._unsaved = Usage(), Usage()
-        self._take(enumerate(self._parts))
+        self._unsaved = Usage()
+        self._list_parts()
 
     def has(self, keys: Sequence[str]) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """For each key whether a usable answer is on disk."""
@@ -75,6 +75,15 @@ class GenerationStore:
 
     def read(self, keys: Sequence[str]) -> dict[str, dict[str, Any]]:
         """The usable answers to the given keys that are on disk; others are left out."""
+        try:
+            return self._read(keys)
+        except IntegrityError:
+            if self._are_there(self._parts):
+                raise
+            self._list_parts()
+            return self._read(keys)
+
+    def _read(self, keys: Sequence[str]) -> dict[str, dict[str, Any]]:
         rows: dict[str, dict[str, Any]] = {}
         for part, numbers in self._index.rows_by_part(keys).items():
             table = read_part(self._parts[part], STORED_SCHEMA.names, what=_WHAT).take(pa.array(numbers))
@@ -107,6 +116,26 @@ class GenerationStore:
         """Write the waiting rows as one part; after this call a crash cannot lose them."""
         self._index_part(self._writer.flush())
 
+    def compact(self) -> None:
+        """Merge small parts where there are many. Other runs may read and write meanwhile."""
+        if merge_small_parts(self.folder, what=_WHAT, merge_notes=_merged_notes):
+            self._list_parts()
+
+    def _list_parts(self) -> None:
+        """Index the parts that are there now."""
+        while True:
+            parts = part_files(self.folder)
+            self._parts, self._index, self.paid = parts, KeyIndex(), Usage()
+            try:
+                return self._take(enumerate(parts))
+            except IntegrityError:
+                if self._are_there(parts) or part_files(self.folder) == parts:
+                    raise  # Otherwise another run has merged them since they were listed.
+
+    @staticmethod
+    def _are_there(parts: Iterable[Path]) -> bool:
+        return all(part.exists() for part in parts)
+
     def _index_part(self, part: Path | None) -> None:
         if part is not None:
             self._unsaved = Usage()
@@ -114,14 +143,18 @@ class GenerationStore:
             self._take([(len(self._parts) - 1, part)])
 
     def _take(self, parts: Iterable[tuple[int, Path]]) -> None:
-        """Add the usable rows of parts to the index."""
-        found = []
+        """Add the usable rows of parts to the index, but for those of parts that others have taken the place of."""
+        found: dict[str, tuple[int, list[str], np.ndarray[Any, Any]]] = {}
+        paid: dict[str, Usage] = {}
+        replaced = set[str]()
         for number, part in parts:
             table = read_part(part, ["request_key", "finish_reason", "completion_tokens", "max_tokens"], what=_WHAT)
-            self.paid += Usage(**json.loads((table.schema.metadata or {}).get(_PAID.encode(), b"{}")))
             usable = self._usable(table).nonzero()[0]
-            found.append((number, table["request_key"].take(pa.array(usable)).to_pylist(), usable))
-        self._index.add(found)
+            found[part.name] = number, table["request_key"].take(pa.array(usable)).to_pylist(), usable
+            paid[part.name] = _paid_in(table.schema.metadata)
+            replaced |= replaced_by(table.schema.metadata)
+        self._index.add([rows for name, rows in found.items() if name not in replaced])
+        self.paid = sum((usage for name, usage in paid.items() if name not in replaced), self.paid)
 
     def _usable(self, table: pa.Table) -> np.ndarray[Any, np.dtype[np.bool_]]:
         tokens, limit = table["completion_tokens"].to_numpy(), table["max_tokens"].to_numpy()
@@ -129,3 +162,11 @@ class GenerationStore:
         cut_by_context = tokens < limit
         fits = (tokens <= self.max_tokens) & (stopped | cut_by_context)
         return np.asarray(fits | (~stopped & (tokens == self.max_tokens)), np.bool_)
+
+
+def _paid_in(notes: Notes | None) -> Usage:
+    return Usage(**json.loads((notes or {}).get(_PAID.encode(), b"{}")))
+
+
+def _merged_notes(notes: Sequence[Notes]) -> dict[str, str]:
+    return {_PAID: json.dumps(asdict(sum(map(_paid_in, notes), Usage())))}
