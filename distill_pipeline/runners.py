@@ -135,15 +135,19 @@ def _count_accepted(work: Work) -> "CountAccepted | None":
         return None
     from distill_pipeline.acceptance import accepted_by_scores
 
-    return accepted_by_scores(work.experiment.scorers, _scoring_context(work), work.experiment.compute)
+    return accepted_by_scores(work.experiment.scorers, scoring_context(work), work.experiment.compute)
 
 
-def _scoring_context(work: Work) -> "ScoringContext":
+def scoring_context(work: Work, kept_dir: Path | None = None) -> "ScoringContext":
+    """What the experiment's scorers need; scores and answers are kept in the store, or in another folder."""
     from distill_pipeline.scoring.rows import ScoringContext
 
+    scores, generations = (
+        work.store.local_folder(name) if kept_dir is None else kept_dir / name for name in ("scores", "generations")
+    )
     return ScoringContext(
-        models=work.scoring_models(), device=work.teacher_device, scores_dir=work.store.local_folder("scores"),
-        generations_dir=work.store.local_folder("generations"), progress=work.progress,
+        models=work.scoring_models(), device=work.teacher_device, scores_dir=scores, generations_dir=generations,
+        progress=work.progress,
     )  # fmt: skip
 
 
@@ -152,7 +156,7 @@ def _run_scored_outputs(work: Work, out_dir: Path, input_key: str) -> Outcome:
 
     return score_outputs(
         work.input("prompt_pool").batches(), work.input("teacher_outputs").batches(), out_dir,
-        scorers=work.experiment.scorers, context=_scoring_context(work), compute=work.experiment.compute,
+        scorers=work.experiment.scorers, context=scoring_context(work), compute=work.experiment.compute,
     )  # fmt: skip
 
 
@@ -162,13 +166,13 @@ def _run_filtered_set(work: Work, out_dir: Path, input_key: str) -> Outcome:
     from distill_pipeline.filtering.stage import filter_outputs
 
     assert work.node.filter is not None
-    rule = work.experiment.filters[work.node.filter]
+    rule, teacher = work.experiment.filters[work.node.filter], work.experiment.teachers[work.teacher_name]
     outcome = filter_outputs(
         work.input("prompt_pool").batches(), work.input("teacher_outputs").batches(rows=CHUNK_ROWS),
         work.input("scored_outputs").batches(), out_dir, rule=rule, filter_name=work.node.name,
         protected=protected_index(work.experiment) if rule.drops("contaminated") else None, progress=work.progress,
         counters={reference: ModelTokenCounter(work.model(reference).path) for reference in rule.tokenizers()},
-        compute=work.experiment.compute,
+        first_samples=None if teacher.accept_target is None else teacher.sampling.n, compute=work.experiment.compute,
     )  # fmt: skip
     facts = outcome.facts | {"teacher": work.input("teacher_outputs").manifest.facts["teacher"]}
     return Outcome(outcome.counts, facts, outcome.failed_gate)

@@ -6,7 +6,7 @@ a run that was killed asks for the rest and ends with the same rows.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ def generate_outputs(
     seed: int,
     progress: Progress,
     count_accepted: CountAccepted | None = None,
+    is_trial: bool = False,
     flush_rows: int = 2048,
     flush_seconds: float = 30.0,
 ) -> Outcome:
@@ -50,6 +51,7 @@ def generate_outputs(
         model: the folder of a model that runs here, or a model that a server has.
         generations_dir: where the answers of all runs are kept; the next run takes from there.
         device: a torch device or ``auto``.
+        is_trial: the next run still says which settings differ from those of the run before this one.
         count_accepted: says what is accepted; needed where the budget has an ``accept_target``.
         flush_rows, flush_seconds: how much a crash can lose; batches in flight come on top.
     Returns:
@@ -73,7 +75,7 @@ def generate_outputs(
                 f"teacher {teacher_name} answers the domains {', '.join(teacher.domains)}, and no training prompt is in them; "
                 f"the pool's training prompts are in: {', '.join(sorted(domains)) or 'none'}."
             )
-        target, changed = teacher.accept_target, changed_settings(generations_dir, teacher_name, settings)
+        target, changed = teacher.accept_target, _changed_settings(generations_dir, teacher_name, settings)
         run = AnsweringRun(
             teacher_name, teacher.sampling.n, family, store, engine, Spending(teacher.budget, before=store.paid),
             num_prompts * teacher.sampling.n if target is None else 0, progress,
@@ -89,7 +91,8 @@ def generate_outputs(
             rounds.answer(out_dir, lambda: _announce(run, changed))
             facts["accept_target"] = rounds.facts()
     counts = run.final_counts(num_prompts)
-    write_whole(_last_settings_file(generations_dir, teacher_name), json.dumps(settings))
+    if not is_trial:
+        write_whole(_last_settings_file(generations_dir, teacher_name), json.dumps(settings))
     return Outcome(counts, run.facts() | facts)
 
 
@@ -102,11 +105,12 @@ def missing_requests(
     device: str,
     seed: int,
 ) -> int:
-    """How many requests :func:`generate_outputs` would send for these prompts (``prompt_id`` of each); writes nothing."""
+    """How many completions of these prompts (``prompt_id`` of each) :func:`generate_outputs` would ask for, with
+    ``accept_target`` at most; writes nothing."""
     settings = open_engine("", teacher, model, device=device, seed=seed).settings
     family = family_of(settings)
     store = GenerationStore(generations_dir, family, settings, max_tokens=teacher.sampling.max_tokens)
-    numbers = range(teacher.sampling.n)
+    numbers = range(teacher.most_samples)
     keys = [request_key(family, prompt["prompt_id"], index) for prompt in prompts for index in numbers]
     return len(keys) - int(store.has(keys).sum())
 
@@ -115,7 +119,15 @@ def _last_settings_file(generations_dir: Path, teacher_name: str) -> Path:
     return generations_dir / "last" / f"{teacher_name}.json"
 
 
-def changed_settings(generations_dir: Path, teacher_name: str, settings: dict[str, Any]) -> dict[str, list[Any]]:
+def settings_changes(
+    teacher_name: str, *, teacher: TeacherSpec, model: TeacherModel, generations_dir: Path, device: str, seed: int
+) -> str:
+    """Settings that differ from this teacher's last finished run here (``temperature 0.8 -> 0.5``); empty where none do."""
+    settings = open_engine("", teacher, model, device=device, seed=seed).settings
+    return _changes_text(_changed_settings(generations_dir, teacher_name, settings))
+
+
+def _changed_settings(generations_dir: Path, teacher_name: str, settings: dict[str, Any]) -> dict[str, list[Any]]:
     """Settings that differ from this teacher's last finished run here: name, then old and new value."""
     file = _last_settings_file(generations_dir, teacher_name)
     if not file.exists():
@@ -126,14 +138,17 @@ def changed_settings(generations_dir: Path, teacher_name: str, settings: dict[st
 
 def _announce(run: AnsweringRun, changed: dict[str, list[Any]]) -> None:
     if changed:
-        listed = ", ".join(f"{name} {_brief(old)} -> {_brief(new)}" for name, (old, new) in changed.items())
         run.progress(
-            f"{run.teacher_name}: other settings than in its last run ({listed}), so its earlier answers do not serve; "
-            f"{run.missing:,} of {run.expected:,} completions are made anew"
+            f"{run.teacher_name}: other settings than in its last run ({_changes_text(changed)}), so its earlier answers do "
+            f"not serve; {run.missing:,} of {run.expected:,} completions are made anew"
         )
     else:
         stored = run.expected - run.missing
         run.progress(f"{run.teacher_name}: {stored:,} of {run.expected:,} completions are stored, {run.missing:,} to make")
+
+
+def _changes_text(changed: Mapping[str, Sequence[Any]]) -> str:
+    return ", ".join(f"{name} {_brief(old)} -> {_brief(new)}" for name, (old, new) in changed.items())
 
 
 def _brief(value: Any) -> str:

@@ -1,9 +1,10 @@
 """The generation store: every answer a teacher ever gave, under its request's key, outliving artifacts and experiments.
 
 Layout: ``<root>/<family>/part-<time>-<random>.parquet`` and ``<root>/<family>/family.json`` with the readable settings. Parts
-are never changed and appear whole, so several runs may write at once and a crash loses only what was not flushed. Of two
-answers to one request the first stays. Many small parts are merged into few. Failed requests are not kept: the next run asks again. A part's metadata holds what
-was paid since the part before it, failed requests included, so ``paid`` is the cost of a family over all runs.
+are never changed and appear whole, so several runs may write at once and a crash loses only what was not flushed; many small
+ones are merged into few. Of two answers to one request the first stays. Failed requests are not kept: the next run asks again.
+A part's metadata holds what was paid since the part before it, failed requests included, so ``paid`` is the cost of a family
+over all runs.
 
 Decided: an answer that ended by itself serves every ``max_tokens`` that holds it; one that was cut serves only the
 ``max_tokens`` that cut it, unless the model's context did. Gave up: a database; the index of keys is 20 bytes a row in memory.

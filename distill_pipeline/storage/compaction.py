@@ -50,10 +50,8 @@ def merge_small_parts(
     with _alone(folder) as is_alone:
         if not is_alone:
             return False
-        _remove(
-            folder,
-            (name for part in part_files(folder) for name in replaced_by(read_part(part, [], what=what).schema.metadata)),
-        )
+        notes_of_all = [read_part(part, [], what=what).schema.metadata for part in part_files(folder)]
+        _remove(folder, (name for found in notes_of_all for name in replaced_by(found)))  # Left by one that was killed.
         groups = _small_groups(part_files(folder), min_parts)
         for group in groups:
             tables = [read_part(part, None, what=what) for part in group]

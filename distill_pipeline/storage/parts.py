@@ -23,7 +23,7 @@ _ABANDONED_SECONDS = 86_400
 
 
 def part_files(folder: Path) -> list[Path]:
-    """The parts of a folder, oldest first. Listed until it stands still: a listing under way may miss what is being replaced."""
+    """The parts of a folder, oldest first; listed until two listings agree, since one may miss what is just being replaced."""
     parts = sorted(folder.glob("part-*.parquet"))
     while (again := sorted(folder.glob("part-*.parquet"))) != parts:
         parts = again

@@ -1,6 +1,8 @@
-"""Laws of merging a generation store's small parts: nothing is lost, doubled or reordered, whoever else is at work or killed."""
+"""Laws of merging a generation store's small parts: nothing is lost, doubled or reordered, whoever is at work or killed."""
 
-import multiprocessing
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -164,7 +166,17 @@ def test_only_one_merges_at_a_time(tmp_path: Path) -> None:
     assert len(part_files(store.folder)) == 1
 
 
-def _write_many(root: str, worker: int, compacts: bool) -> None:
+WRITER = """
+import importlib.util
+spec = importlib.util.spec_from_file_location("laws", {file!r})
+laws = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(laws)
+laws.write_many({root!r}, {worker}, {worker} > 0)
+"""
+
+
+def write_many(root: str, worker: int, compacts: bool) -> None:
+    """What each writer does."""
     store = opened(Path(root))
     for number in range(60):
         store.add([answer(request_key("family", f"{worker}/{number}", 0), f"{worker}/{number}")])
@@ -175,12 +187,11 @@ def _write_many(root: str, worker: int, compacts: bool) -> None:
 
 
 def test_several_processes_write_read_and_merge_one_store_at_once(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("fork")
-    workers = [context.Process(target=_write_many, args=(str(tmp_path), worker, worker > 0)) for worker in range(3)]
-    for worker in workers:
-        worker.start()
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    codes = [WRITER.format(file=__file__, root=str(tmp_path), worker=worker) for worker in range(3)]
+    workers = [subprocess.Popen([sys.executable, "-c", code], env=environment) for code in codes]
     seen = 0
-    while any(worker.is_alive() for worker in workers):
+    while any(worker.poll() is None for worker in workers):
         reader = opened(tmp_path)
         keys = [request_key("family", f"{worker}/{number}", 0) for worker in range(3) for number in range(60)]
         there = [key for key, found in zip(keys, reader.has(keys), strict=True) if found]
@@ -188,9 +199,7 @@ def test_several_processes_write_read_and_merge_one_store_at_once(tmp_path: Path
         assert len(there) >= seen, "an answer that was there is there for ever"
         seen = len(there)
         time.sleep(0.01)
-    for worker in workers:
-        worker.join()
-        assert worker.exitcode == 0
+    assert [worker.wait() for worker in workers] == [0, 0, 0]
     last = opened(tmp_path)
     rows = last.read(keys)
     assert [row["raw_text"] for row in rows.values()] == [f"{worker}/{number}" for worker in range(3) for number in range(60)]
