@@ -124,6 +124,7 @@ def test_rows_are_conserved_and_the_facts_say_what_was_saved(world: World) -> No
     assert num_rows == counts["reused"] + counts["generated"] + counts["failed"]
     assert counts["failed"] == N
     assert world.asked() == num_rows - N == counts["generated"]
+    assert artifact.manifest.facts["asking"]["sent"] == world.server.asked, "of all rounds"
     assert (facts["samples"], facts["samples_of_fixed_n"]) == (num_rows, 24 * AT_MOST)
     assert facts["samples_saved"] == 24 * AT_MOST - num_rows > 0
     reached = sum(sum(map(is_accepted, rows)) >= WANTED for rows in groups.values())
@@ -207,6 +208,16 @@ def test_rows_do_not_depend_on_the_order_in_which_answers_come(world: World, mak
     rough.script = script
     place = {"base_url": rough.url, "backoff_seconds": 0.01, "max_attempts": 50, "max_concurrency": 3}
     assert world.outputs("rough", server=place).version == whole.version
+
+
+def test_a_server_that_takes_one_sample_a_request_is_found_out_once(world: World) -> None:
+    whole = world.outputs("whole")
+    world.server.takes_n = "no"
+    world.server.bodies.clear()
+    single = world.outputs("single")
+    assert sum(body.get("n", 1) > 1 and "prime" in body["messages"][-1]["content"] for body in world.server.bodies) <= 23
+    assert single.manifest.counts["failed"] == whole.manifest.counts["failed"] == N
+    assert single.manifest.facts["asking"]["takes_n"] is False
 
 
 def test_each_round_says_how_many_prompts_lack_how_much(world: World) -> None:
