@@ -51,7 +51,9 @@ def test_a_teachers_tokens_and_dollars_are_a_table_by_domain_largest_first(mater
     found = {"prompts": 1, "prompt_tokens": 10, "completion_tokens": 7, "usd": 0.25}
     script.facts["teacher_outputs/smollm2"] = {
         **script.facts.get("teacher_outputs/smollm2", {}),
-        "domains": {"small": {"completions": 1, **found}, HOSTILE: {"completions": 9, **found}, "free": {"completions": 0, "usd": None}},
+        "domains": {
+            "small": {"completions": 1, **found}, HOSTILE: {"completions": 9, **found}, "free": {"completions": 0, "usd": None},
+        },
     }  # fmt: skip
     result = materialize('+key:"teacher_outputs__smollm2"')
     (event,) = (e for e in result.get_asset_materialization_events() if e.asset_key == asset_key("teacher_outputs/smollm2"))

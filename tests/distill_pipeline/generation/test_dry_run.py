@@ -183,9 +183,8 @@ def test_a_target_is_planned_with_the_samples_it_took(
     assert line.interval is not None
     assert "a prompt are enough in a dry run of 20" in line.note
     outputs = pipeline.make("teacher_outputs/some").manifest
-    planned = outputs.counts["reused"] + line.rows
     assert outputs.counts["reused"] > 20 * N
-    assert abs(planned - outputs.counts["expected"]) < 0.35 * outputs.counts["expected"]
+    assert line.interval[0] <= outputs.counts["expected"] <= line.interval[1]
 
 
 def test_prompts_of_a_dry_run_are_evenly_spaced_over_all() -> None:
@@ -216,7 +215,7 @@ def test_dollars_and_intervals_stand_in_the_table_where_they_are_known() -> None
     lines = [PlanLine("a", 1200, 10, 2000, 3.0, "note", 1.5, (1000, 1400)), PlanLine("b", 7, 0, 0, None)]
     head, first, second, total = plan_text(lines).splitlines()
     assert head.split() == ["node", "rows", "tokens", "bytes", "time", "USD"]
-    assert first.split("  ") == ["a     ", "1,200 (1,000 to 1,400)", "   10", "2.0 kB", " 3 s", "1.50", "note"]
+    assert " ".join(first.split()) == "a 1,200 (1,000 to 1,400) 10 2.0 kB 3 s 1.50 note"
     assert second.split() == ["b", "7", "-", "-", "-", "-"]
     assert total.split() == ["total", "10", "2.0", "kB", "3", "s", "1.50"]
     assert "USD" not in plan_text(lines[1:])
