@@ -36,6 +36,7 @@ CONSERVED: Mapping[Stage, tuple[str, tuple[str, ...]]] = {
     "teacher_outputs": ("expected", ("stopped", "truncated", "failed", "pending")),
     "scored_outputs": ("completions", ("scored", "unknown", "unscored", "failed")),
     "filtered_set": ("completions", ("accepted", "rejected", "failed")),
+    "teacher_signals": ("completions", ("captured", "too_long", "no_tokens")),
     "student_checkpoint": ("completions", ("trained_completions", "too_long", "no_tokens")),
 }
 """For each stage that handles rows: the count that comes in, and the counts it must be the sum of."""
@@ -80,8 +81,8 @@ def _licence_is_recorded(node: Node, artifact: "Artifact") -> Finding:
 
 def _teacher_is_unchanged(node: Node, artifact: "Artifact") -> Finding:
     before, after = (artifact.manifest.facts.get(f"teacher_sha256_{when}") for when in ("before", "after"))
-    if all(stage["method"] == "sft" for stage in node.spec["student"]["stages"]):
-        return before == after, "the student trained on the teacher's text; the teacher itself took no part"
+    if all(stage["method"] == "sft" or stage["signal"] != "online" for stage in node.spec["student"]["stages"]):
+        return before == after, "the student trained on the teacher's text or stored signals; the teacher itself took no part"
     return before is not None and before == after, f"SHA-256 of the teacher's parameters before {before}, after {after}"
 
 
@@ -119,6 +120,7 @@ CLAIMS: Mapping[Stage, tuple[Claim, ...]] = {
     "teacher_outputs": (_CONSERVED, _GATE, _LICENCE),
     "scored_outputs": (_CONSERVED,),
     "filtered_set": (_CONSERVED, Claim("accepted_rows_exist", "There is something to train on.", _accepted_rows_exist)),
+    "teacher_signals": (_CONSERVED, _GATE, _LICENCE),
     "student_checkpoint": (
         _CONSERVED, _GATE, _LICENCE,
         Claim("teacher_is_unchanged", "Training moved the student's parameters only.", _teacher_is_unchanged),

@@ -99,6 +99,17 @@ def filtered_set_metadata(artifact: "Artifact") -> Metadata:
     }
 
 
+def teacher_signals_metadata(artifact: "Artifact") -> Metadata:
+    """Bytes a token, how much of the teacher the stored tokens hold, and what the files say of themselves."""
+    facts = artifact.manifest.facts
+    numbers = {
+        f"{name}_{key}".replace(".", "_").replace("-", "_"): float(value)
+        for name in ("bytes_a_token", "kept_mass_by_temperature", "distinct_draws_by_temperature")
+        for key, value in facts.get(name, {}).items()
+    }
+    return {**numbers, **facts_metadata(artifact)}
+
+
 def student_checkpoint_metadata(artifact: "Artifact") -> Metadata:
     """First weights, size, speed, and the training curve as a picture."""
     from distill_pipeline.report.charts import loss_curve_png

@@ -17,13 +17,13 @@ OWNERS = ["team:distillation"]
 
 GROUPS: Mapping[Stage, str] = {
     "prompt_pool": "prompts", "teacher_outputs": "teachers", "scored_outputs": "data", "filtered_set": "data",
-    "student_checkpoint": "students", "eval_report": "evaluation", "comparison": "evaluation",
+    "teacher_signals": "data", "student_checkpoint": "students", "eval_report": "evaluation", "comparison": "evaluation",
 }  # fmt: skip
 
 KINDS: Mapping[Stage, set[str]] = {
     "prompt_pool": {"parquet"}, "teacher_outputs": {"parquet", "huggingface"}, "scored_outputs": {"parquet"},
-    "filtered_set": {"parquet"}, "student_checkpoint": {"pytorch", "huggingface"}, "eval_report": {"pytorch", "json"},
-    "comparison": {"json"},
+    "filtered_set": {"parquet"}, "teacher_signals": {"parquet", "huggingface"},
+    "student_checkpoint": {"pytorch", "huggingface"}, "eval_report": {"pytorch", "json"}, "comparison": {"json"},
 }  # fmt: skip
 
 MODEL_STEP_TAG = "distill/step"

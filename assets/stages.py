@@ -11,6 +11,7 @@ from assets.prompt_pool import prompt_pool_asset
 from assets.scored_outputs import scored_outputs_asset
 from assets.student_checkpoint import student_checkpoint_asset
 from assets.teacher_outputs import teacher_outputs_asset
+from assets.teacher_signals import teacher_signals_asset
 from distill_pipeline.experiment import Experiment
 from distill_pipeline.nodes import Node, Stage
 
@@ -19,6 +20,7 @@ FACTORIES: Mapping[Stage, Callable[[Experiment, Node], dg.AssetsDefinition]] = {
     "teacher_outputs": teacher_outputs_asset,
     "scored_outputs": scored_outputs_asset,
     "filtered_set": filtered_set_asset,
+    "teacher_signals": teacher_signals_asset,
     "student_checkpoint": student_checkpoint_asset,
     "eval_report": eval_report_asset,
     "comparison": comparison_asset,

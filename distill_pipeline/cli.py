@@ -38,6 +38,7 @@ def main() -> None:
       distill generate experiments/quickstart.yaml smollm2             pool -> teacher outputs
       distill score    experiments/quickstart.yaml smollm2             -> scored outputs
       distill filter   experiments/quickstart.yaml smollm2/verified    -> filtered set
+      distill signals  experiments/offline.yaml    smollm2/verified    -> teacher signals, where students want them
       distill train    experiments/quickstart.yaml kl                  -> student checkpoint
       distill evaluate experiments/quickstart.yaml kl                  -> evaluation report
       distill compare  experiments/quickstart.yaml                     all students side by side
@@ -104,6 +105,14 @@ def score(teacher: str, **options: Any) -> None:
 def filter_command(teacher_filter: str, **options: Any) -> None:
     """Decide which completions of a teacher train students; every rejected one stays, with its reasons."""
     _make(f"filtered_set/{teacher_filter}", **options)
+
+
+@main.command()
+@_shared_options
+@click.argument("teacher_filter", metavar="TEACHER/FILTER")
+def signals(teacher_filter: str, **options: Any) -> None:
+    """Store a teacher's distributions over a filtered set's tokens, for students with signal: topk or sampled."""
+    _make(f"teacher_signals/{teacher_filter}", **options)
 
 
 @main.command()

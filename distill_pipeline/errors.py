@@ -53,6 +53,10 @@ class VocabularyMismatchError(DistillError, ValueError):
     """Teacher and student give different meanings to the same token ids. Choose a pair with one tokenizer."""
 
 
+class SignalMismatchError(DistillError, ValueError):
+    """Stored teacher signals do not fit what they are wanted for (tokens, vocabulary, temperature). Capture them anew."""
+
+
 class MissingExtraError(DistillError, ImportError):
     """An optional package is not installed. The message names the package and the pip command."""
 

@@ -20,7 +20,9 @@ from distill_pipeline.generation.spec import TeacherSpec
 from distill_pipeline.prompts.spec import PromptPoolSpec
 from distill_pipeline.scoring.registry import scorer_fault
 from distill_pipeline.scoring.spec import ScorerSpec
+from distill_pipeline.signals.spec import SignalKind, SignalsSpec
 from distill_pipeline.spec import ANY_DOMAIN, NAME_PATTERN, Name, Spec
+from distill_pipeline.system_prompts import SystemPrompts
 from distill_pipeline.training.spec import StudentSpec
 
 _SAFE_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -36,6 +38,7 @@ class Experiment(Spec):
     teachers: dict[Name, TeacherSpec] = Field(min_length=1)
     scorers: dict[str, tuple[ScorerSpec, ...]] = Field(default_factory=dict, description="scorers by domain; * is any other")
     filters: dict[Name, FilterSpec] = Field(min_length=1)
+    signals: SignalsSpec = SignalsSpec()
     students: dict[Name, StudentSpec] = Field(min_length=1)
     evaluation: EvaluationSpec
     compute: ComputeSpec = ComputeSpec()
@@ -54,9 +57,46 @@ class Experiment(Spec):
         """The scorers of a domain: its own list, else the one under ``*``, else none."""
         return self.scorers.get(domain, self.scorers.get(ANY_DOMAIN, ()))
 
+    def wanted_signals(self) -> dict[str, tuple[tuple[SignalKind, ...], int]]:
+        """For each ``teacher/filter`` whose signals students ask for: the kinds, and the longest row that one of them takes."""
+        found: dict[str, tuple[set[SignalKind], int]] = {}
+        for recipe in self.students.values():
+            for reference in recipe.data if recipe.signal_kinds() else ():
+                kinds, longest = found.get(reference, (set(), 0))
+                found[reference] = (kinds | set(recipe.signal_kinds()), max(longest, recipe.max_length))
+        return {name: (tuple(sorted(kinds, reverse=True)), longest) for name, (kinds, longest) in found.items()}
+
+    def teachers_of(self, student: str) -> tuple[str, ...]:
+        """The teachers of a student's data, each once."""
+        return tuple(dict.fromkeys(reference.split("/")[0] for reference in self.students[student].data))
+
     def teacher_of(self, student: str) -> str:
         """The teacher whose distribution a student imitates and whose layers it inherits: the first of its data."""
-        return self.students[student].data[0].split("/")[0]
+        return self.teachers_of(student)[0]
+
+    def data_prompts(self, student: str, teacher: str) -> SystemPrompts:
+        """The system prompts under which a student reads a teacher's answers: those of the teacher, or none."""
+        return SystemPrompts() if self.students[student].system == "none" else self.teachers[teacher].system_prompts
+
+    def prompts_of(self, student: str) -> SystemPrompts:
+        """The system prompts under which a student answers: in each domain that of its first teacher which answers there."""
+        names = self.teachers_of(student)
+        if len(names) == 1:
+            return self.data_prompts(student, names[0])
+
+        def told(domain: str) -> str | None:
+            name = next((name for name in names if self.teachers[name].answers(domain)), names[0])
+            return self.data_prompts(student, name).of(domain)
+
+        default = told(ANY_DOMAIN)
+        domains = {domain for name in names for domain in (*self.teachers[name].domains, *self.teachers[name].systems)}
+        own = {domain: told(domain) for domain in sorted(domains - {ANY_DOMAIN})}
+        return SystemPrompts(default, {domain: system for domain, system in own.items() if system != default})
+
+    def asked_under(self, prompts: SystemPrompts) -> dict[str, str | None]:
+        """The system prompt of each evaluation task."""
+        domains = self.evaluation.domains
+        return {task: prompts.of(domains.get(task, ANY_DOMAIN)) for task in self.evaluation.tasks}
 
     def require_domains(self, found: Iterable[str]) -> None:
         """Check what depends on the prompts' domains, as soon as these are known: rows may name their own.
@@ -64,23 +104,25 @@ class Experiment(Spec):
         Args:
             found: domains of the pool's prompts; those that the sources themselves name count too.
         Raises:
-            ConfigError: no prompt is in a domain that a filter has settings for, or a teacher with ``accept_target`` answers
-                one without scorers; the message lists all of them.
+            ConfigError: no prompt is in a domain that a filter or a teacher has settings for, or a teacher with
+                ``accept_target`` answers one without scorers; the message lists all of them.
         """
         found = set(found)
         unscored = [
             f"teachers.{name}.budget.accept_target: {domain_without_scorers(domain)}"
             for name, teacher in self.teachers.items()
             for domain in sorted(found)
-            if teacher.accept_target is not None and {ANY_DOMAIN, domain} & set(teacher.domains) and not self.scorers_of(domain)
+            if teacher.accept_target is not None and teacher.answers(domain) and not self.scorers_of(domain)
         ]
         if unscored:
             raise ConfigError("; ".join(unscored))
         known = {ANY_DOMAIN, *found, *(source.domain for source in self.prompt_pool.sources)}
+        parts: dict[str, Iterable[str]] = {f"filters.{name}.domains": rule.domains for name, rule in self.filters.items()}
+        parts |= {f"teachers.{name}.systems": teacher.systems for name, teacher in self.teachers.items()}
         faults = [
-            f"filters.{name}.domains.{domain}: no prompt is in this domain"
-            for name, rule in self.filters.items()
-            for domain in rule.domains
+            f"{where}.{domain}: no prompt is in this domain"
+            for where, domains in parts.items()
+            for domain in domains
             if domain not in known
         ]
         if faults:
@@ -124,6 +166,8 @@ def parse_experiment(document: Mapping[str, Any], *, origin: str = "experiment")
     except ValidationError as err:
         faults += [_fault_line(error) for error in err.errors()]
     faults += _cross_faults(document)
+    if experiment is not None and not faults:
+        faults += _task_faults(experiment)
     if faults or experiment is None:
         listed = "\n".join(f"  {fault}" for fault in faults)
         raise ConfigError(f"{origin} has {len(faults)} fault{'s' * (len(faults) != 1)}:\n{listed}")
@@ -191,6 +235,8 @@ def _cross_faults(document: Mapping[str, Any]) -> Iterator[str]:
             kind = _mapping(part).get("kind")
             if isinstance(kind, str) and (fault := scorer_fault(kind, _mapping(_mapping(part).get("options")))):
                 yield f"scorers.{domain}.{index}.kind: {fault}"
+    yield from _signal_faults(document)
+    yield from _online_faults(document)
     students = set(_mapping(document.get("students")))
     baselines = _mapping(document.get("evaluation")).get("baselines")
     for index, baseline in enumerate(baselines if isinstance(baselines, list) else []):
@@ -215,6 +261,56 @@ def _target_faults(where: str, teacher: Mapping[str, Any], document: Mapping[str
             yield f"{where}: it counts answers that scorers accept, and the experiment has no scorers"
         elif domain != ANY_DOMAIN and isinstance(domain, str) and not scorers.get(domain, scorers.get(ANY_DOMAIN)):
             yield f"{where}: {domain_without_scorers(domain)}"
+
+
+def _signal_faults(document: Mapping[str, Any]) -> Iterator[str]:
+    """Stages that train on stored signals at a temperature for which none are stored."""
+    listed = _mapping(document.get("signals")).get("temperatures", [1.0])
+    temperatures = listed if isinstance(listed, list) else []
+    for student, part in _mapping(document.get("students")).items():
+        stages = _mapping(part).get("stages")
+        for index, stage in enumerate(stages if isinstance(stages, list) else []):
+            wanted = _mapping(stage).get("kd_temperature", 1.0)
+            if _mapping(stage).get("signal") in ("topk", "sampled") and wanted not in temperatures:
+                stored = ", ".join(map(str, temperatures))
+                yield (
+                    f"students.{student}.stages.{index}.kd_temperature: {_brief(wanted)} is not among signals.temperatures "
+                    f"({stored}); add it there: what is stored for one temperature cannot be used at another"
+                )
+
+
+def _online_faults(document: Mapping[str, Any]) -> Iterator[str]:
+    """Stages in which one teacher would read along although other models wrote a part of the rows."""
+    teachers = _mapping(document.get("teachers"))
+    for student, part in _mapping(document.get("students")).items():
+        references, stages = _mapping(part).get("data"), _mapping(part).get("stages")
+        wanted = dict.fromkeys(str(name).split("/")[0] for name in (references if isinstance(references, list) else []))
+        names = [name for name in wanted if name in teachers]
+        models = {repr(_model_of(_mapping(teachers[name]))) for name in names}
+        for index, stage in enumerate(stages if isinstance(stages, list) and len(models) > 1 else []):
+            method, signal = _mapping(stage).get("method"), _mapping(stage).get("signal", "online")
+            if method == "on_policy" or (method == "logit_kd" and signal == "online"):
+                yield (
+                    f"students.{student}.stages.{index}: {method} has one teacher read along, and the rows are of several "
+                    f"models ({', '.join(names)}). Use logit_kd with signal: topk or sampled, where each row has its own "
+                    "teacher's distribution, or sft"
+                )
+
+
+def _model_of(teacher: Mapping[str, Any]) -> tuple[Any, Any]:
+    """What tells a teacher's weights from another's."""
+    return teacher.get("weights") or teacher.get("model"), teacher.get("revision")
+
+
+def _task_faults(experiment: Experiment) -> Iterator[str]:
+    """Where a student has several system prompts, nobody else can say which of them a task is asked under."""
+    unsaid = [task for task in experiment.evaluation.tasks if task not in experiment.evaluation.domains]
+    several = [name for name in experiment.students if len(experiment.prompts_of(name).distinct()) > 1]
+    if unsaid and several:
+        yield (
+            f"evaluation.domains: student {several[0]} has system prompts by domain; say under which domain's the tasks "
+            f"{', '.join(unsaid)} are asked, as {{task: domain}} ({ANY_DOMAIN} is the one of all other domains)"
+        )
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

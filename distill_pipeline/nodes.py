@@ -13,18 +13,21 @@ from distill_pipeline.evaluation import spec as evaluation_spec
 from distill_pipeline.experiment import Experiment
 from distill_pipeline.filtering import spec as filtering_spec
 from distill_pipeline.generation import spec as generation_spec
+from distill_pipeline.generation.spec import TeacherSpec
 from distill_pipeline.hashing import version_of
 from distill_pipeline.prompts import spec as prompts_spec
 from distill_pipeline.scoring import spec as scoring_spec
+from distill_pipeline.signals import spec as signals_spec
 from distill_pipeline.training import spec as training_spec
 
 Stage = Literal[
-    "prompt_pool", "teacher_outputs", "scored_outputs", "filtered_set", "student_checkpoint", "eval_report", "comparison"
-]
+    "prompt_pool", "teacher_outputs", "scored_outputs", "filtered_set", "teacher_signals", "student_checkpoint", "eval_report",
+    "comparison",
+]  # fmt: skip
 
 STAGE_COMMANDS: Mapping[Stage, str] = {
     "prompt_pool": "prompts", "teacher_outputs": "generate", "scored_outputs": "score", "filtered_set": "filter",
-    "student_checkpoint": "train", "eval_report": "evaluate", "comparison": "compare",
+    "teacher_signals": "signals", "student_checkpoint": "train", "eval_report": "evaluate", "comparison": "compare",
 }  # fmt: skip
 """The ``distill`` subcommand that makes each stage's artifacts."""
 
@@ -80,28 +83,48 @@ def experiment_nodes(experiment: Experiment) -> dict[str, Node]:
             inputs = ("prompt_pool", outputs, scored)
             add(f"filtered_set/{teacher}/{name}", "filtered_set", filtering_spec.ALGORITHM, spec, inputs,
                 teacher=teacher, filter=name)  # fmt: skip
+    for name, (kinds, max_length) in experiment.wanted_signals().items():
+        teacher, rule_name = name.split("/")
+        spec = {
+            "signals": experiment.signals.captured(kinds), "max_length": max_length,
+            "teacher": _teacher_model(experiment.teachers[teacher]), "seed": experiment.seed if "sampled" in kinds else None,
+        }  # fmt: skip
+        add(f"teacher_signals/{name}", "teacher_signals", signals_spec.ALGORITHM, spec, (f"filtered_set/{name}",),
+            teacher=teacher, filter=rule_name)  # fmt: skip
     for student, recipe in experiment.students.items():
         teacher = experiment.teacher_of(student)
         frozen = experiment.teachers[teacher]
         who = {
-            "teacher": "+".join(dict.fromkeys(ref.split("/")[0] for ref in recipe.data)),
+            "teacher": "+".join(experiment.teachers_of(student)),
             "filter": "+".join(dict.fromkeys(ref.split("/")[1] for ref in recipe.data)),
             "student": student,
-            "method": "+".join(dict.fromkeys(stage.method for stage in recipe.stages)),
+            "method": recipe.method,
         }
-        model = {"model": frozen.model, "revision": frozen.revision, "system": frozen.system}
-        model |= {"weights": frozen.weights} if frozen.weights else {}
+        model = _teacher_model(frozen)
         spec = {"student": recipe.document(), "teacher": model, "seed": experiment.seed}
         sets = tuple(f"filtered_set/{ref}" for ref in recipe.data)
+        if recipe.signal_kinds():
+            sets += tuple(dict.fromkeys(f"teacher_signals/{ref}" for ref in recipe.data))
         checkpoint, report = f"student_checkpoint/{student}", f"eval_report/{student}"
         add(checkpoint, "student_checkpoint", training_spec.ALGORITHM, spec, sets, **who)
         spec = {"evaluation": evaluation, "teacher": model, "seed": experiment.seed}
+        prompts = experiment.prompts_of(student)
+        if prompts != frozen.system_prompts:
+            spec["student_systems"] = {"system": prompts.default, "systems": dict(prompts.by_domain)}
         others = [f"student_checkpoint/{name}" for name in experiment.evaluation.baselines if name in experiment.students]
         needed = tuple(dict.fromkeys(["prompt_pool", checkpoint, *others]))
         add(report, "eval_report", evaluation_spec.ALGORITHM, spec, needed, **who)
     reports = tuple(name for name, node in nodes.items() if node.stage == "eval_report")
     add("comparison", "comparison", evaluation_spec.ALGORITHM, {"students": sorted(experiment.students)}, reports)
     return nodes
+
+
+def _teacher_model(teacher: TeacherSpec) -> dict[str, Any]:
+    """What decides a teacher's distributions on given text."""
+    prompts = teacher.system_prompts
+    model: dict[str, Any] = {"model": teacher.model, "revision": teacher.revision, "system": prompts.default}
+    model |= {"systems": dict(prompts.by_domain)} if prompts.by_domain else {}
+    return model | ({"weights": teacher.weights} if teacher.weights else {})
 
 
 def _deciding(spec: Any) -> Any:

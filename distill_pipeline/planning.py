@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,7 +23,11 @@ from distill_pipeline.records import TRAINING_SCHEMA
 from distill_pipeline.runners import RUNNERS
 from distill_pipeline.teacher_plan import most_a_prompt, plan_teacher
 from distill_pipeline.training.position import stage_load
+from distill_pipeline.training.spec import StudentSpec
 from distill_pipeline.work import Work, evaluation_documents_of
+
+if TYPE_CHECKING:
+    from distill_pipeline.signals.table import SignalSource
 
 STEP_PROMPTS = 8
 """Prompts of the one training step that is measured."""
@@ -46,11 +50,13 @@ def plan_experiment(pipeline: Pipeline, *, probe: bool = True, dry_run_served: b
     ]
     probes: dict[str, TeacherProbe] = {}
     for teacher in pipeline.experiment.teachers:
-        work, mine = _work(pipeline, pipeline.node(f"teacher_outputs/{teacher}")), _prompts_of(pipeline, teacher, prompts)
+        work = _work(pipeline, pipeline.node(f"teacher_outputs/{teacher}"))
+        mine = [row for row in prompts if pipeline.experiment.teachers[teacher].answers(row["domain"])]
         planned, found = plan_teacher(work, mine, probe=probe, dry_run_served=dry_run_served)
         lines += planned
         if found is not None:
             probes[teacher] = found
+    lines += [_plan_signals(pipeline, name, prompts, probes) for name in pipeline.experiment.wanted_signals()]
     for student in pipeline.experiment.students:
         lines.append(_plan_student(pipeline, student, prompts, probes))
     documents = len(evaluation_documents_of(pipeline.experiment))
@@ -86,21 +92,43 @@ def _pool(pipeline: Pipeline) -> Iterator[tuple[dict[str, int], Iterator[pa.Reco
         yield outcome.counts, (batch for part in parts for batch in pq.ParquetFile(part).iter_batches())
 
 
+def _plan_signals(
+    pipeline: Pipeline, name: str, prompts: Sequence[dict[str, Any]], probes: Mapping[str, TeacherProbe]
+) -> PlanLine:
+    """Bytes of a teacher's stored distributions, for what its filter accepts."""
+    signals, teacher = pipeline.experiment.signals, name.split("/")[0]
+    (kinds, _), probe = pipeline.experiment.wanted_signals()[name], probes.get(teacher)
+    sampling = pipeline.experiment.teachers[teacher].sampling
+    _, num_rows, _ = _accepted(pipeline, name, prompts, probes)
+    tokens = int(num_rows * (probe.tokens_per_row if probe else sampling.max_tokens))
+    a_token = sum(signals.bytes_a_token(kind) for kind in kinds)
+    note = f"{' and '.join(kinds)}, {a_token:.0f} bytes a token" + ("" if probe else "; tokens at most")
+    return PlanLine(f"teacher_signals/{name}", round(num_rows), tokens, int(tokens * a_token), None, note)
+
+
+def _accepted(
+    pipeline: Pipeline, reference: str, prompts: Sequence[dict[str, Any]], probes: Mapping[str, TeacherProbe]
+) -> tuple[float, float, bool]:
+    """Prompts and completions that a ``teacher/filter`` accepts, as in the dry run or at most, and whether it was measured."""
+    teacher, rule = reference.split("/")
+    answered = [row for row in prompts if pipeline.experiment.teachers[teacher].answers(row["domain"])]
+    values = probes[teacher].accepted.get(rule) if teacher in probes else None
+    if values is None:
+        rules = pipeline.experiment.filters[rule].rules()
+        return len(answered), len(answered) * most_a_prompt(pipeline.experiment.teachers[teacher], rules), False
+    return len(answered) * sum(map(bool, values)) / len(values), len(answered) * sum(values) / len(values), True
+
+
 def _plan_student(
     pipeline: Pipeline, name: str, prompts: Sequence[dict[str, Any]], probes: Mapping[str, TeacherProbe]
 ) -> PlanLine:
     """Completions a student sees, and the time from one measured step of each stage."""
     recipe, probe = pipeline.experiment.students[name], probes.get(pipeline.experiment.teacher_of(name))
-    num_prompts, num_rows, note = 0.0, 0.0, "if its filters accept as in the dry run"
-    for reference in recipe.data:
-        answering, rule = reference.split("/")
-        most = len(_prompts_of(pipeline, answering, prompts))
-        values = probes[answering].accepted.get(rule) if answering in probes else None
-        if values is None:
-            values, note = [_most_a_prompt(pipeline, reference)], "if the filter accepts everything"
-        num_prompts = max(num_prompts, most * sum(map(bool, values)) / len(values))
-        num_rows += most * sum(values) / len(values)
-    a_prompt = num_rows / num_prompts if num_prompts else 0.0
+    sets = [_accepted(pipeline, reference, prompts, probes) for reference in recipe.data]
+    num_prompts = max(with_any for with_any, _, _ in sets)
+    a_prompt = sum(num_rows for _, num_rows, _ in sets) / num_prompts if num_prompts else 0.0
+    is_measured = all(measured for *_, measured in sets)
+    note = "if its filters accept as in the dry run" if is_measured else "if the filter accepts everything"
     tokens_a_row = None if probe is None else probe.tokens_per_row
     loads = [stage_load(stage, round(num_prompts), a_prompt, tokens_a_row) for stage in recipe.stages]
     rows, rolled = sum(load.rows for load in loads), sum(load.rollouts for load in loads)
@@ -114,18 +142,6 @@ def _plan_student(
     size = parameters * 4 * TRAINING_COPIES
     seconds = sum(load.tokens * cost for load, cost in zip(loads, seconds_a_token, strict=True))
     return PlanLine(f"student_checkpoint/{name}", rows, tokens, size, seconds, note)
-
-
-def _prompts_of(pipeline: Pipeline, teacher: str, prompts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those of the training prompts that a teacher answers."""
-    domains = pipeline.experiment.teachers[teacher].domains
-    return [row for row in prompts if "*" in domains or row["domain"] in domains]
-
-
-def _most_a_prompt(pipeline: Pipeline, reference: str) -> int:
-    """Completions a prompt that a ``teacher/filter`` keeps at most."""
-    teacher, rule = reference.split("/")
-    return most_a_prompt(pipeline.experiment.teachers[teacher], pipeline.experiment.filters[rule].rules())
 
 
 def _probe_student(pipeline: Pipeline, name: str, probe: TeacherProbe) -> tuple[list[float], int]:
@@ -144,12 +160,30 @@ def _probe_student(pipeline: Pipeline, name: str, probe: TeacherProbe) -> tuple[
         outcome = train_student(
             [rows], Path(folder, "out"), Path(folder, "work"), student=recipe.model_copy(update={"stages": steps}),
             teacher=work.teacher_model(), init_model=work.model(recipe.init.model) if recipe.init.model else None,
-            system=pipeline.experiment.teachers[work.teacher_name].system, device=pipeline.student_device,
-            seed=pipeline.experiment.seed, progress=silent,
+            system=pipeline.experiment.data_prompts(name, work.teacher_name).shared, device=pipeline.student_device,
+            seed=pipeline.experiment.seed, progress=silent, signals=pipeline.experiment.signals,
+            signal_sources=_probe_signals(work, rows, recipe, Path(folder, "signals")),
         )  # fmt: skip
     facts = outcome.facts
     costs = [seconds / max(tokens, 1) for seconds, tokens in zip(facts["stage_seconds"], facts["stage_tokens"], strict=True)]
     return costs, int(facts["parameters"])
+
+
+def _probe_signals(work: Work, rows: pa.RecordBatch, recipe: StudentSpec, folder: Path) -> "list[SignalSource]":
+    """Teacher signals of the probe's answers, for a student that reads stored ones."""
+    from distill_pipeline.signals.table import SignalSource
+    from distill_pipeline.training.capture import capture_signals
+
+    if not recipe.signal_kinds():
+        return []
+    folder.mkdir()
+    teacher, experiment = work.teacher_model(), work.experiment
+    capture_signals(
+        [rows], folder, folder / "work", signals=experiment.signals, kinds=recipe.signal_kinds(), max_length=recipe.max_length,
+        teacher=teacher, system=experiment.teachers[work.teacher_name].system_prompts.shared, device=work.teacher_device,
+        seed=experiment.seed, progress=silent,
+    )  # fmt: skip
+    return [SignalSource("of the probe", folder, teacher.identity)]
 
 
 def _training_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

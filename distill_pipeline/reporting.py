@@ -29,6 +29,8 @@ class Subject:
     inputs: dict[str, str]
     load: Callable[[str], tuple[Any, Any]]
     """From a device to (model, tokenizer)."""
+    systems: dict[str, str | None]
+    """The system prompt of each task."""
 
 
 def report_student(work: Work, out_dir: Path) -> Outcome:
@@ -81,7 +83,10 @@ def report_student(work: Work, out_dir: Path) -> Outcome:
     )
 
 
-TRAINING_FACTS = ("initial_loss", "final_loss", "kept_layers", "layout", "tokens_per_second", "resumed_from_step", "rollouts")
+TRAINING_FACTS = (
+    "untrained_loss", "initial_loss", "final_loss", "kept_layers", "layout", "tokens_per_second", "resumed_from_step",
+    "rollouts",
+)  # fmt: skip
 
 
 def _origins(work: Work, checkpoint: Artifact) -> dict[str, Any]:
@@ -122,12 +127,19 @@ def _cost(work: Work, checkpoint: Artifact, measured: Mapping[str, Artifact]) ->
 
 def _teacher(work: Work) -> Subject:
     folder = work.teacher_model()
-    return Subject(f"model_evaluation/teacher/{work.teacher_name}", {"model:teacher": folder.identity}, _loader(folder.path))
+    systems = _teacher_systems(work)
+    name, inputs = f"model_evaluation/teacher/{work.teacher_name}", {"model:teacher": folder.identity}
+    return Subject(name, inputs, _loader(folder.path), systems)
+
+
+def _teacher_systems(work: Work) -> dict[str, str | None]:
+    return work.experiment.asked_under(work.experiment.teachers[work.teacher_name].system_prompts)
 
 
 def _student(work: Work, checkpoint: Artifact) -> Subject:
     name = checkpoint.name.split("/")[1]
-    return Subject(f"model_evaluation/student/{name}", {checkpoint.name: checkpoint.version}, _loader(checkpoint.local_dir()))
+    inputs, systems = {checkpoint.name: checkpoint.version}, work.experiment.asked_under(work.experiment.prompts_of(name))
+    return Subject(f"model_evaluation/student/{name}", inputs, _loader(checkpoint.local_dir()), systems)
 
 
 def _untrained(work: Work, checkpoint: Artifact) -> Subject:
@@ -152,7 +164,8 @@ def _untrained(work: Work, checkpoint: Artifact) -> Subject:
         )
         return made.model.eval(), load_tokenizer((init_model or teacher).path)
 
-    return Subject(f"model_evaluation/untrained/{version_of(inputs)}", inputs, load)
+    systems = work.experiment.asked_under(work.experiment.prompts_of(student))
+    return Subject(f"model_evaluation/untrained/{version_of(inputs)}", inputs, load, systems)
 
 
 def _loader(folder: Path) -> Callable[[str], tuple[Any, Any]]:
@@ -167,7 +180,9 @@ def _loader(folder: Path) -> Callable[[str], tuple[Any, Any]]:
 def _measured(work: Work, subject: Subject, teacher: Artifact | None) -> Artifact:
     """A subject's measurement: found in the store, or made now. ``teacher`` is the teacher's own, None for itself."""
     evaluation = work.experiment.evaluation
-    spec = {"evaluation": evaluation.document(), "system": work.experiment.teachers[work.teacher_name].system}
+    spec = {"evaluation": evaluation.document(), **_told(subject.systems)}
+    if teacher is not None and subject.systems != (asked := _teacher_systems(work)):
+        spec["teacher_told"] = _told(asked)
     inputs = {**subject.inputs, "tasks:documents": version_of(list(evaluation_documents_of(work.experiment)))}
     if teacher is not None:
         inputs[teacher.name] = teacher.version
@@ -190,28 +205,47 @@ def _measured(work: Work, subject: Subject, teacher: Artifact | None) -> Artifac
         )
 
 
+def _told(systems: Mapping[str, str | None]) -> dict[str, Any]:
+    """The system prompt of all tasks, or of each."""
+    distinct = set(systems.values())
+    return {"system": distinct.pop()} if len(distinct) == 1 else {"systems": dict(systems)}
+
+
 def _measure(work: Work, subject: Subject, teacher: Artifact | None) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Run the tasks, then compare with the teacher's distribution on the teacher's own answers."""
-    from distill_pipeline.evaluation.stage import evaluate_model, held_out_divergence
+    from distill_pipeline.evaluation.divergence import unknown_divergence
+    from distill_pipeline.evaluation.stage import evaluate_by_system, held_out_divergence
     from distill_pipeline.models.load import resolve_device
     from distill_pipeline.rendering import ChatRenderer
 
     part, device = work.experiment.evaluation, resolve_device(work.student_device)
-    system = work.experiment.teachers[work.teacher_name].system
     model, tokenizer = subject.load(device)
     work.progress(f"{subject.name}: measuring on {', '.join(part.tasks)}")
-    evaluated = evaluate_model(
-        model, tokenizer, tasks=part.tasks,
+    evaluated = evaluate_by_system(
+        model, tokenizer, systems=subject.systems,
         include_path=work.experiment.resolve_path(part.include_path) if part.include_path else None,
-        system=system, limit=part.limit, batch_size=part.batch_size, device=device, progress=work.progress,
+        limit=part.limit, batch_size=part.batch_size, device=device, progress=work.progress,
     )  # fmt: skip
     if teacher is None:
         return evaluated, None
+    asked = _teacher_systems(work)
+    system = _told(asked).get("system")
+    samples = _asked_alike(teacher.read_json("evaluation.json"), subject.systems, asked)
+    if not samples:
+        return evaluated, unknown_divergence("it is never asked under the system prompts of its teacher")
     teacher_model, teacher_tokenizer = _loader(work.teacher_model().path)(device)
-    samples = teacher.read_json("evaluation.json")["samples"]
     step = max(1, len(samples) // HELD_OUT_ANSWERS)
     divergence = held_out_divergence(
         model, teacher_model, ChatRenderer(tokenizer, system=system), samples[::step][:HELD_OUT_ANSWERS], device,
         teacher_renderer=ChatRenderer(teacher_tokenizer, system=system),
     )  # fmt: skip
     return evaluated, divergence
+
+
+def _asked_alike(
+    evaluated: Mapping[str, Any], systems: Mapping[str, str | None], asked: Mapping[str, str | None]
+) -> list[dict[str, Any]]:
+    """The teacher's samples of tasks that it and a subject are asked under the same system prompt: their tokens are equal."""
+    alike = {task for task, system in systems.items() if system == asked[task]}
+    alike |= {leaf for task in alike for leaf in evaluated["subtasks"].get(task, ())}
+    return [sample for sample in evaluated["samples"] if sample["task"] in alike]

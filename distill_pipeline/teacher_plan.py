@@ -42,6 +42,7 @@ def plan_teacher(
     found: TeacherProbe | None = None
     unknown = f"; lengths, time and yield unknown: {_HOW}"
     if probe and (teacher.server is None or dry_run_served):
+        work.teacher_terms(work.teacher_name)
         try:
             found = dry_run(work, prompts, with_scores=dry_run_served or not asks_servers(work))
         except BudgetError as err:
@@ -60,6 +61,7 @@ def _missing(work: Work, prompts: Sequence[dict[str, Any]], teacher: TeacherSpec
     how: dict[str, Any] = {
         "teacher": teacher, "model": work.answering_model(work.teacher_name), "device": work.teacher_device,
         "generations_dir": work.store.local_folder("generations"), "seed": work.experiment.seed,
+        "compute": work.experiment.compute,
     }  # fmt: skip
     missing, most = missing_requests(prompts, **how), len(prompts) * teacher.most_samples
     changes = settings_changes(work.teacher_name, **how)

@@ -41,14 +41,13 @@ def held_out_divergence(
         why, where they cannot be known. A student equal to its teacher gives 0 and 1.
     """
     vocabulary = renderer.vocab_size
-    unknown = {"forward_kl": None, "top1_agreement": None, "tokens": 0, "answers": 0}
     try:
         _check_vocabularies(student, teacher, renderer, teacher_renderer)
     except VocabularyMismatchError as err:
-        return {**unknown, "reason": str(err)}
+        return unknown_divergence(str(err))
     examples = _answered_examples(renderer, samples)
     if not examples:
-        return {**unknown, "reason": "the evaluation has no task in which the teacher writes an answer"}
+        return unknown_divergence("the evaluation has no task in which the teacher writes an answer")
     layout, _ = choose_layout([student, teacher], max(len(example.prompt) + example.num_tokens for example in examples))
     kl_sum, agreed, tokens = 0.0, 0, 0
     for part in micro_batches(examples, layout=layout, max_tokens=LOGIT_CELLS // vocabulary, pad_id=renderer.end_token_id):
@@ -66,13 +65,18 @@ def held_out_divergence(
     return {**means, "tokens": tokens, "answers": len(examples), "reason": None}
 
 
+def unknown_divergence(reason: str) -> dict[str, Any]:
+    """The result of :func:`held_out_divergence` where there is none."""
+    return {"forward_kl": None, "top1_agreement": None, "tokens": 0, "answers": 0, "reason": reason}
+
+
 def _answered_examples(renderer: ChatRenderer, samples: Sequence[dict[str, Any]]) -> list[Example]:
     """Prompt and answer of each sample in which the teacher wrote one; an answer cut by the task is not ended."""
     examples: list[Example] = []
     for index, sample in enumerate(samples):
         if sample.get("messages") is None or sample.get("finish_reason") in (None, "error"):
             continue
-        answer = renderer.completion_ids(sample["answer"], finished=sample["finish_reason"] == "stop")
+        answer = renderer.completion_ids(sample.get("raw_text", sample["answer"]), finished=sample["finish_reason"] == "stop")
         if answer:
             examples.append(Example(str(index), tuple(renderer.prompt_ids(sample["messages"])), (tuple(answer),)))
     return examples

@@ -18,11 +18,16 @@ import torch
 from distill_pipeline.errors import ConfigError
 from distill_pipeline.evaluation.divergence import held_out_divergence
 from distill_pipeline.evaluation.tasks import hints_off, open_tasks
+from distill_pipeline.hashing import sha256_of
 from distill_pipeline.outcome import Progress
 from distill_pipeline.rendering import ChatRenderer
+from distill_pipeline.system_prompts import with_system
 
 SEED = 1234
 """Of few-shot examples and sampled answers: lm-eval's own default, so that numbers compare with published ones."""
+
+
+_BY_TASK = ("tasks", "primary", "subtasks")
 
 
 def evaluate_model(
@@ -50,7 +55,8 @@ def evaluate_model(
         a task with ``subtasks``; ``primary`` {task: metric}; ``requested``, the tasks and groups that were asked for;
         ``subtasks`` {group: [task]}; ``samples``, one a document: ``task``, ``doc_id``, ``prompt`` (the last user message),
         ``messages`` (null for tasks without a prompt), ``target``, ``answer``, ``finish_reason`` (stop, until, length, error;
-        null where nothing was generated) and ``metrics`` {metric: number}; ``renderer``, ``limit`` and ``lm_eval_version``.
+        null where nothing was generated), ``metrics`` {metric: number} and, where it reasoned, ``raw_text``; ``renderer``,
+        ``limit`` and ``lm_eval_version``.
     Raises:
         ConfigError: a task is unknown, cannot be loaded, or runs model-written code.
     """
@@ -81,6 +87,27 @@ def evaluate_model(
         "limit": limit,
         "lm_eval_version": lm_eval.__version__,
     }
+
+
+def evaluate_by_system(model: Any, tokenizer: Any, *, systems: Mapping[str, str | None], **options: Any) -> dict[str, Any]:
+    """As :func:`evaluate_model`, each task under its own system prompt; where there are several, ``messages`` begin with them.
+
+    Args:
+        systems: the system prompt of each task, in the order of the tasks.
+        options: the other keywords of :func:`evaluate_model`.
+    """
+    groups: dict[str | None, list[str]] = {}
+    for task, system in systems.items():
+        groups.setdefault(system, []).append(task)
+    parts = [evaluate_model(model, tokenizer, tasks=tasks, system=system, **options) for system, tasks in groups.items()]
+    if len(parts) == 1:
+        return parts[0]
+    for system, part in zip(groups, parts, strict=True):
+        for sample in part["samples"]:
+            sample["messages"] = sample["messages"] and with_system(sample["messages"], system)
+    joined = {name: {key: value for part in parts for key, value in part[name].items()} for name in _BY_TASK}
+    listed = {name: [item for part in parts for item in part[name]] for name in ("requested", "samples")}
+    return parts[0] | joined | listed | {"renderer": sha256_of([part["renderer"] for part in parts])}
 
 
 def _refuse_unsafe(tasks: Mapping[str, Any]) -> None:
@@ -131,10 +158,12 @@ def _sample(task: str, row: Mapping[str, Any]) -> dict[str, Any]:
         answer = choices[int(np.argmax([repeats[0][0] for repeats in row["resps"][: len(choices)]]))]
     else:
         answer = ""
+    raw_text = getattr(first, "raw_text", None)
+    thought = {} if raw_text is None or raw_text == str(first) else {"raw_text": prefix + raw_text}
     return {
         "task": task, "doc_id": row["doc_id"], "prompt": users[-1] if users else str(prompt),
         "messages": [dict(message) for message in messages] if messages else None, "target": _target_text(row),
-        "answer": answer, "finish_reason": finish_reason, "metrics": {},
+        "answer": answer, "finish_reason": finish_reason, "metrics": {}, **thought,
     }  # fmt: skip
 
 
@@ -209,4 +238,4 @@ def _leaves(name: str, groups: Mapping[str, Sequence[str]]) -> list[str]:
     return [leaf for child in groups[name] for leaf in _leaves(child, groups)] if name in groups else [name]
 
 
-__all__ = ["evaluate_model", "held_out_divergence"]
+__all__ = ["evaluate_by_system", "evaluate_model", "held_out_divergence"]

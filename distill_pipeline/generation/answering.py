@@ -17,14 +17,14 @@ import pyarrow.parquet as pq
 
 from distill_pipeline.errors import GenerationError, IntegrityError
 from distill_pipeline.generation.budget import Spending
+from distill_pipeline.generation.families import Families
 from distill_pipeline.generation.protocol import Asked, Completion, Engine
-from distill_pipeline.generation.reasoning import split_reasoning
-from distill_pipeline.generation.requests import request_key
 from distill_pipeline.generation.spool import Prompt
 from distill_pipeline.generation.store import GenerationStore
 from distill_pipeline.generation.tallies import Tallies
 from distill_pipeline.hashing import sha256_of
 from distill_pipeline.outcome import Progress
+from distill_pipeline.reasoning import split_reasoning
 from distill_pipeline.records import COMPLETION_SCHEMA
 
 PROGRESS_SECONDS = 5.0
@@ -50,18 +50,21 @@ class AnsweringRun:
 
     teacher_name: str
     samples_per_prompt: int
-    family: str
-    store: GenerationStore
+    store: Families
     engine: Engine
     spending: Spending
     expected: int
     progress: Progress
+    opened: str = ""
+    """The tag with which the template opens every completion's reasoning, if it does."""
     missing: int = 0
     counts: Counter[str] = field(default_factory=Counter)
     errors: Counter[str] = field(default_factory=Counter)
     first_error: str = ""
     engine_seconds: float = 0.0
     tallies: Tallies = field(init=False)
+    thoughts: Counter[str] = field(default_factory=Counter)
+    """Completions with reasoning by what became of it; an empty one is a teacher that did not think."""
     _answered: int = 0
     _said_at: float = field(default_factory=time.monotonic)
     _open: dict[str, tuple[_Window, str]] = field(default_factory=dict)
@@ -79,7 +82,7 @@ class AnsweringRun:
 
     def keys_of(self, prompt: Prompt) -> list[str]:
         """Keys of a prompt's samples."""
-        return [request_key(self.family, prompt["prompt_id"], index) for index in self.samples_of(prompt)]
+        return self.store.keys_of(prompt, self.samples_of(prompt))
 
     def missing_of(self, window: Sequence[Prompt]) -> list[Asked]:
         """The prompts of a window with the keys that have no stored answer, where there are any."""
@@ -88,7 +91,7 @@ class AnsweringRun:
         asked = []
         for prompt, group in zip(window, keys, strict=True):
             if missing := tuple(key for key in group if not next(there)):
-                asked.append(Asked(prompt["messages"], missing))
+                asked.append(Asked(self.store.prompts.carried(prompt["messages"], prompt["domain"]), missing))
         return asked
 
     def answer(self, windows: Iterable[Sequence[Prompt]], out_dir: Path) -> None:
@@ -125,8 +128,9 @@ class AnsweringRun:
             if asked:
                 missing = {key for one in asked for key in one.keys}
                 for prompt in prompts:
-                    place = window, prompt["domain"]
-                    self._open.update((key, place) for key in self.keys_of(prompt) if key in missing)
+                    keys = [key for key in self.keys_of(prompt) if key in missing]
+                    self._open.update(dict.fromkeys(keys, (window, prompt["domain"])))
+                    self.store.expect(prompt, keys)
                 yield asked
             elif path is not None:
                 self._write(path, prompts)
@@ -183,7 +187,7 @@ class AnsweringRun:
             answer = stored_form(self._failed[key])
         if answer is None:
             raise IntegrityError(f"the answer to request {key} is not in {self.store.folder} after it was written. Run again.")
-        reasoning, text = split_reasoning(answer["raw_text"])
+        reasoning, text = split_reasoning(answer["raw_text"], opened=self.opened)
         reason, error = answer["finish_reason"], answer.get("error")
         return {
             "completion_id": sha256_of([self.teacher_name, key, reason, answer["raw_text"]]), "prompt_id": prompt_id,
@@ -196,6 +200,10 @@ class AnsweringRun:
         """Count a prompt's rows that are written, and let go of its failures."""
         self.tallies.add_prompt(domain, rows)
         for row in rows:
+            if row["reasoning"] is not None:
+                self.thoughts[
+                    "empty" if not row["reasoning"] else "without_answer" if not row["answer"] else "with_answer"
+                ] += 1
             if row["error"] is not None:
                 self.errors[row["error"].partition(":")[0]] += 1
                 self.first_error = self.first_error or row["error"]
@@ -239,7 +247,7 @@ class AnsweringRun:
             "domains": self.tallies.facts(),
             "generated_tokens": generated, "tokens_per_second": speed and round(speed, 1),
             "seconds": round(self.engine_seconds, 3), "errors": dict(self.errors), "cost": self.spending.facts(),
-            **self.engine.facts(),
+            **({"reasoning": dict(self.thoughts)} if self.thoughts else {}), **self.engine.facts(),
         }  # fmt: skip
 
 
@@ -248,7 +256,7 @@ def _part(out_dir: Path, number: int) -> Path:
 
 
 def stored_answers(
-    engine: Engine, windows: Iterable[Sequence[Asked]], spending: Spending, store: GenerationStore
+    engine: Engine, windows: Iterable[Sequence[Asked]], spending: Spending, store: GenerationStore | Families
 ) -> Generator[list[Completion], None, None]:
     """What an engine answers, each list in the store's hands before it is given out; at the end, or if it breaks, on disk.
 

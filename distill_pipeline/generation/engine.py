@@ -79,21 +79,8 @@ class TransformersEngine:
             yield from self.run_batch(batch, max_tokens=max_tokens, sampling=sampling)
 
     def plan_batches(self, requests: Iterable[Request], *, max_tokens: int) -> list[list[Request]]:
-        """The batches in which :meth:`generate` would answer.
-
-        Sorted by prompt length, then prompt, in the given order within a prompt, and packed one after the other: without
-        the requests of its first batches, a plan's other batches are the same.
-        """
-        batches: list[list[Request]] = []
-        used, last = 0, None
-        for request in sorted(requests, key=lambda request: (len(request.prompt_ids), request.prompt_ids)):
-            cost = max_tokens + (len(request.prompt_ids) if request.prompt_ids != last else 0)
-            if not batches or used + cost > self.batch_tokens or len(batches[-1]) == MAX_ROWS:
-                batches.append([])
-                used, cost = 0, max_tokens + len(request.prompt_ids)
-            batches[-1].append(request)
-            used, last = used + cost, request.prompt_ids
-        return batches
+        """The batches in which :meth:`generate` would answer: :func:`planned_batches`."""
+        return planned_batches(requests, max_tokens=max_tokens, batch_tokens=self.batch_tokens)
 
     def run_batch(self, batch: Sequence[Request], *, max_tokens: int, sampling: Sampling) -> list[Completion]:
         """Answer one batch; completions come in the order of the requests."""
@@ -156,6 +143,24 @@ class TransformersEngine:
         return Completion(
             request.key, self.renderer.decode(ids), ids, reason, len(request.prompt_ids), count, logprob, end_token_id=end
         )
+
+
+def planned_batches(requests: Iterable[Request], *, max_tokens: int, batch_tokens: int) -> list[list[Request]]:
+    """The batches in which requests are answered.
+
+    Sorted by prompt length, then prompt, in the given order within a prompt, and packed one after the other: without the
+    requests of its first batches, a plan's other batches are the same, and a batch by itself is planned as itself.
+    """
+    batches: list[list[Request]] = []
+    used, last = 0, None
+    for request in sorted(requests, key=lambda request: (len(request.prompt_ids), request.prompt_ids)):
+        cost = max_tokens + (len(request.prompt_ids) if request.prompt_ids != last else 0)
+        if not batches or used + cost > batch_tokens or len(batches[-1]) == MAX_ROWS:
+            batches.append([])
+            used, cost = 0, max_tokens + len(request.prompt_ids)
+        batches[-1].append(request)
+        used, last = used + cost, request.prompt_ids
+    return batches
 
 
 def seed_of(key: str) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from distill_pipeline.generation.budget import Spending
+from distill_pipeline.generation.budget import Spending, Usage
 from distill_pipeline.records import FinishReason
 
 Message = Mapping[str, str]
@@ -63,6 +63,21 @@ class Engine(Protocol):
 
     def facts(self) -> dict[str, Any]:
         """What the manifest says of how the answers were made."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Prompts that are answered together, and the most they can cost: who answers them changes no answer."""
+
+    asked: tuple[Asked, ...]
+    most: Usage
+
+
+class DivisibleEngine(Engine, Protocol):
+    """An engine whose work can be divided among several of its kind."""
+
+    def pieces(self, window: Sequence[Asked]) -> tuple[list[Piece], list[Completion]]:
+        """A window in pieces, and the completions of prompts that cannot be asked. Loads no model."""
 
 
 def failed_completion(key: str, error: str, *, prompt_tokens: int = 0) -> Completion:

@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 
-from distill_pipeline.spec import Spec
+from distill_pipeline.spec import ANY_DOMAIN, Spec
+from distill_pipeline.system_prompts import PRESETS, SystemPrompts, with_chain_of_thought
 
 ALGORITHM = "teacher_outputs/1"
 """Raise when the same answers of a teacher would be laid out or parsed otherwise."""
@@ -100,6 +101,19 @@ class BudgetSpec(Spec):
         return self
 
 
+def _preset_text(value: Any) -> Any:
+    """The text of ``{preset: NAME}``; other values as they are."""
+    if not isinstance(value, Mapping):
+        return value
+    name = str(value.get("preset"))
+    if set(value) != {"preset"} or name not in PRESETS:
+        raise ValueError(f"a system prompt is a text, null or {{preset: NAME}} with one of {', '.join(sorted(PRESETS))}")
+    return PRESETS[name]
+
+
+SystemText = Annotated[str | None, BeforeValidator(_preset_text)]
+
+
 class TeacherSpec(Spec):
     """One teacher: which model, how it is run, and which prompts it answers."""
 
@@ -113,7 +127,13 @@ class TeacherSpec(Spec):
     license: str | None = Field(None, description="licence key of the model, for instance apache-2.0")
     accept: str | None = Field(None, min_length=8, description="why a licence that is refused by default is accepted")
     domains: tuple[str, ...] = Field(("*",), min_length=1, description="domains it answers; * is all")
-    system: str | None = Field(None, description="system prompt; null leaves the model's own default")
+    system: SystemText = Field(None, description="system prompt: a text or {preset: NAME}; null leaves the model's own default")
+    systems: dict[str, SystemText] = Field(
+        {}, exclude_if=_is_unset, description="system prompts of single domains; the others have that of system"
+    )
+    chain_of_thought: bool = Field(
+        False, exclude_if=_is_unset, description="ask, in every system prompt, for reasoning between think tags"
+    )
     sampling: SamplingSpec = SamplingSpec()
     batch_tokens: int = Field(16_384, ge=256, description="most tokens of a generation batch, prompts and answers")
     trust_remote_code: bool = Field(False, description="run code that comes with the model; recorded in the manifest")
@@ -141,6 +161,26 @@ class TeacherSpec(Spec):
     def most_samples(self) -> int:
         """The most completions of a prompt."""
         return self.sampling.n if self.accept_target is None else self.accept_target.at_most
+
+    @property
+    def system_prompts(self) -> SystemPrompts:
+        """What the model is told in each domain."""
+        if not self.chain_of_thought:
+            return SystemPrompts(self.system, self.systems)
+        own = {domain: with_chain_of_thought(system) for domain, system in self.systems.items()}
+        return SystemPrompts(with_chain_of_thought(self.system), own)
+
+    def answers(self, domain: str) -> bool:
+        """Whether it is asked the prompts of a domain."""
+        return ANY_DOMAIN in self.domains or domain in self.domains
+
+    @model_validator(mode="after")
+    def _systems_are_of_answered_domains(self) -> "TeacherSpec":
+        if ANY_DOMAIN in self.systems:
+            raise ValueError("systems.*: the system prompt of all other domains is system")
+        if strange := [domain for domain in self.systems if not self.answers(domain)]:
+            raise ValueError(f"systems.{strange[0]}: the teacher answers the domains {', '.join(self.domains)} only")
+        return self
 
     @model_validator(mode="before")
     @classmethod

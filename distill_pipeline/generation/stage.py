@@ -12,16 +12,20 @@ from typing import Any
 
 import pyarrow as pa
 
+from distill_pipeline.compute.spec import ComputeSpec
 from distill_pipeline.errors import EmptyResultError
 from distill_pipeline.generation.accepting import AcceptRounds, CountAccepted
 from distill_pipeline.generation.answering import AnsweringRun
 from distill_pipeline.generation.budget import Spending
-from distill_pipeline.generation.opening import TeacherModel, open_engine
-from distill_pipeline.generation.requests import family_of, request_key
+from distill_pipeline.generation.families import Families
+from distill_pipeline.generation.opening import HERE, TeacherModel, open_engine
+from distill_pipeline.generation.protocol import Engine
+from distill_pipeline.generation.served import ServedModel
 from distill_pipeline.generation.spec import TeacherSpec
 from distill_pipeline.generation.spool import prompts_in, spooled, windows
 from distill_pipeline.generation.store import GenerationStore
 from distill_pipeline.outcome import Outcome, Progress
+from distill_pipeline.reasoning import opening_of
 from distill_pipeline.storage.files import write_whole
 
 
@@ -36,6 +40,7 @@ def generate_outputs(
     device: str,
     seed: int,
     progress: Progress,
+    compute: ComputeSpec = HERE,
     count_accepted: CountAccepted | None = None,
     is_trial: bool = False,
     flush_rows: int = 2048,
@@ -51,22 +56,22 @@ def generate_outputs(
         model: the folder of a model that runs here, or a model that a server has.
         generations_dir: where the answers of all runs are kept; the next run takes from there.
         device: a torch device or ``auto``.
-        is_trial: the next run still says which settings differ from those of the run before this one.
+        compute: with ``engine: ray`` a model that runs here runs on the cluster instead; the rows are the same.
         count_accepted: says what is accepted; needed where the budget has an ``accept_target``.
+        is_trial: the next run still says which settings differ from those of the run before this one.
         flush_rows, flush_seconds: how much a crash can lose; batches in flight come on top.
     Returns:
         counts with ``expected == stopped + truncated + failed``, of which ``reused`` cost nothing; facts say the family, what
         differs from this teacher's last run, tokens, speed and cost, these by domain too, and what an ``accept_target`` saved.
     Raises:
+        ComputeError: a machine of the cluster was lost again and again, or does not fit; what was answered is stored.
         BudgetError: the teacher's budget does not hold what is missing; what it did hold is stored.
         EmptyResultError: the teacher answers no prompt of the pool.
         GenerationError: every single request failed, or a server is dead; the message gives the reason.
     """
-    engine = open_engine(teacher_name, teacher, model, device=device, seed=seed, progress=progress)
-    settings = engine.settings
-    family = family_of(settings)
-    store = GenerationStore(
-        generations_dir, family, settings, max_tokens=teacher.sampling.max_tokens, flush_rows=flush_rows,
+    engine = open_engine(teacher_name, teacher, model, device=device, seed=seed, progress=progress, compute=compute)
+    store = _families(
+        teacher, model, engine, generations_dir, device=device, seed=seed, compute=compute, flush_rows=flush_rows,
         flush_seconds=flush_seconds,
     )  # fmt: skip
     with spooled(prompt_batches, teacher.domains, generations_dir) as (spool, num_prompts, domains):
@@ -75,12 +80,12 @@ def generate_outputs(
                 f"teacher {teacher_name} answers the domains {', '.join(teacher.domains)}, and no training prompt is in them; "
                 f"the pool's training prompts are in: {', '.join(sorted(domains)) or 'none'}."
             )
-        target, changed = teacher.accept_target, _changed_settings(generations_dir, teacher_name, settings)
+        target, changed = teacher.accept_target, _changed_settings(generations_dir, teacher_name, store.settings)
         run = AnsweringRun(
-            teacher_name, teacher.sampling.n, family, store, engine, Spending(teacher.budget, before=store.paid),
-            num_prompts * teacher.sampling.n if target is None else 0, progress,
+            teacher_name, teacher.sampling.n, store, engine, Spending(teacher.budget, before=store.paid),
+            num_prompts * teacher.sampling.n if target is None else 0, progress, _opening_tag(model, teacher),
         )  # fmt: skip
-        facts: dict[str, Any] = {"family": family, "settings": settings, "settings_changed": changed}
+        facts: dict[str, Any] = {"settings_changed": changed}
         if target is None:
             run.missing = sum(len(asked.keys) for window in windows(prompts_in(spool)) for asked in run.missing_of(window))
             _announce(run, changed)
@@ -92,8 +97,8 @@ def generate_outputs(
             facts["accept_target"] = rounds.facts()
     counts = run.final_counts(num_prompts)
     if not is_trial:
-        write_whole(_last_settings_file(generations_dir, teacher_name), json.dumps(settings))
-    return Outcome(counts, run.facts() | facts)
+        write_whole(_last_settings_file(generations_dir, teacher_name), json.dumps(store.settings))
+    return Outcome(counts, run.facts() | store.facts() | facts)
 
 
 def missing_requests(
@@ -104,27 +109,57 @@ def missing_requests(
     generations_dir: Path,
     device: str,
     seed: int,
+    compute: ComputeSpec = HERE,
 ) -> int:
-    """How many completions of these prompts (``prompt_id`` of each) :func:`generate_outputs` would ask for, with
+    """How many completions of these prompts (``prompt_id``, ``domain``) :func:`generate_outputs` would ask for, with
     ``accept_target`` at most; writes nothing."""
-    settings = open_engine("", teacher, model, device=device, seed=seed).settings
-    family = family_of(settings)
-    store = GenerationStore(generations_dir, family, settings, max_tokens=teacher.sampling.max_tokens)
-    numbers = range(teacher.most_samples)
-    keys = [request_key(family, prompt["prompt_id"], index) for prompt in prompts for index in numbers]
+    engine = open_engine("", teacher, model, device=device, seed=seed, compute=compute)
+    store = _families(teacher, model, engine, generations_dir, device=device, seed=seed, compute=compute)
+    keys = [key for prompt in prompts for key in store.keys_of(prompt, range(teacher.most_samples))]
     return len(keys) - int(store.has(keys).sum())
+
+
+def settings_changes(
+    teacher_name: str, *, teacher: TeacherSpec, model: TeacherModel, generations_dir: Path, device: str, seed: int,
+    compute: ComputeSpec = HERE,
+) -> str:  # fmt: skip
+    """Settings that differ from this teacher's last finished run here (``temperature 0.8 -> 0.5``); empty where none do."""
+    engine = open_engine("", teacher, model, device=device, seed=seed, compute=compute)
+    store = _families(teacher, model, engine, generations_dir, device=device, seed=seed, compute=compute)
+    return _changes_text(_changed_settings(generations_dir, teacher_name, store.settings))
+
+
+def _families(
+    teacher: TeacherSpec, model: TeacherModel, engine: Engine, generations_dir: Path, *, device: str, seed: int,
+    compute: ComputeSpec = HERE, **flush: Any,
+) -> Families:  # fmt: skip
+    """Where a teacher's answers are. Raises ConfigError for a chat template that takes no system prompt where one is set."""
+
+    def settings_under(system: str | None) -> dict[str, Any]:
+        if len(teacher.system_prompts.distinct()) == 1:
+            return engine.settings
+        told = teacher.model_copy(update={"system": system, "systems": {}, "chain_of_thought": False})
+        return open_engine("", told, model, device=device, seed=seed, compute=compute).settings
+
+    def open_store(family: str, settings: dict[str, Any]) -> GenerationStore:
+        return GenerationStore(generations_dir, family, settings, max_tokens=teacher.sampling.max_tokens, **flush)
+
+    return Families(teacher.system_prompts, settings_under, open_store)
+
+
+def _opening_tag(model: TeacherModel, teacher: TeacherSpec) -> str:
+    """What :func:`opening_of` says of a model that is here; nobody can look at a server's template."""
+    if isinstance(model, ServedModel):
+        return ""
+    from distill_pipeline.models.load import load_tokenizer
+    from distill_pipeline.rendering import ChatRenderer
+
+    tokenizer = load_tokenizer(model.path, trust_remote_code=teacher.trust_remote_code)
+    return opening_of(ChatRenderer(tokenizer, system=teacher.system_prompts.default))
 
 
 def _last_settings_file(generations_dir: Path, teacher_name: str) -> Path:
     return generations_dir / "last" / f"{teacher_name}.json"
-
-
-def settings_changes(
-    teacher_name: str, *, teacher: TeacherSpec, model: TeacherModel, generations_dir: Path, device: str, seed: int
-) -> str:
-    """Settings that differ from this teacher's last finished run here (``temperature 0.8 -> 0.5``); empty where none do."""
-    settings = open_engine("", teacher, model, device=device, seed=seed).settings
-    return _changes_text(_changed_settings(generations_dir, teacher_name, settings))
 
 
 def _changed_settings(generations_dir: Path, teacher_name: str, settings: dict[str, Any]) -> dict[str, list[Any]]:

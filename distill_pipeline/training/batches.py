@@ -3,7 +3,7 @@
 One sequence holds several prompts with all their completions: they form a tree, merged as far as they begin with the same
 tokens: the template's system turn, a question's first words, a prompt's completions. A token sees its ancestors only and its
 position is its depth, so every completion is read exactly as if it stood alone behind its prompt, and what texts share is
-computed once. The loss of a node is weighted by the number of completions that run through it. The order is depth-first, so the
+computed once. The loss of a node has the weight of all completions that run through it. The order is depth-first, so the
 ancestors of token i are the tokens j <= i whose subtree ends after i: one number a token describes the whole mask.
 
 Masking: the last prompt token predicts each completion's first token, a completion token the next one, and the last of
@@ -19,10 +19,10 @@ Axes: S sequences, T tokens of the longest one, N pairs, P positions with a pair
 
 import hashlib
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import pairwise
+from itertools import pairwise, repeat
 from typing import Any, Literal
 
 import numpy as np
@@ -36,17 +36,25 @@ from distill_pipeline.training.head import Targets
 
 Layout = Literal["shared", "plain"]
 
+NO_SIGNAL = -1
+
 TREE_TOKENS = 512
 """Longest tree of several prompts: attention looks at all pairs of its tokens, which by then costs a tenth of the rest."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt with its completions as token ids; a completion ends with the end token if the teacher finished it."""
+    """A prompt with its completions as token ids; a completion ends with the end token if the teacher finished it.
+
+    ``signal_rows``, one a completion or none at all, say where the completions' tokens start in a table of teacher signals.
+    """
 
     prompt_id: str
     prompt: tuple[int, ...]
     completions: tuple[tuple[int, ...], ...]
+    signal_rows: tuple[int, ...] = ()
+    weight: float = 1.0
+    """Of each of its tokens in the loss."""
 
     @property
     def num_tokens(self) -> int:
@@ -55,12 +63,19 @@ class Example:
 
 
 class ExampleSet:
-    """All examples of a student, packed: indexable, four bytes a token."""
+    """All examples of a student, packed: indexable, four bytes a token.
+
+    ``own`` holds the same completions in the teacher's tokens, where a stage reads these.
+    """
 
     def __init__(self) -> None:
+        self.own: ExampleSet | None = None
         self._tokens = array("i")
         self._spans: list[array[int]] = []
-        self._prompt_ids: list[str] = []
+        self._signal_rows: list[array[int]] = []
+        self.prompt_ids: list[str] = []
+        self.weights: list[float] = []
+        """Of each example's tokens in the loss; none where all weigh 1."""
 
     def append(self, example: Example) -> None:
         """Add one example."""
@@ -69,13 +84,17 @@ class ExampleSet:
             self._tokens.extend(ids)
             ends.append(len(self._tokens))
         self._spans.append(ends)
-        self._prompt_ids.append(example.prompt_id)
+        self._signal_rows.append(array("q", example.signal_rows))
+        self.prompt_ids.append(example.prompt_id)
 
     def fingerprint(self) -> str:
-        """SHA-256 of all token ids, their borders and the prompt ids."""
+        """SHA-256 of all token ids, their borders, the prompt ids and weights."""
         digest = hashlib.sha256(self._tokens.tobytes())
-        for ends, prompt_id in zip(self._spans, self._prompt_ids, strict=True):
+        for ends, prompt_id in zip(self._spans, self.prompt_ids, strict=True):
             digest.update(ends.tobytes() + prompt_id.encode())
+        digest.update(array("d", self.weights).tobytes())
+        if self.own is not None:
+            digest.update(self.own.fingerprint().encode())
         return digest.hexdigest()
 
     def longest(self) -> int:
@@ -92,14 +111,23 @@ class ExampleSet:
     def __getitem__(self, index: int) -> Example:
         ends = self._spans[index]
         parts = [tuple(self._tokens[start:stop]) for start, stop in pairwise(ends)]
-        return Example(self._prompt_ids[index], parts[0], tuple(parts[1:]))
+        weight = self.weights[index] if self.weights else 1.0
+        return Example(self.prompt_ids[index], parts[0], tuple(parts[1:]), tuple(self._signal_rows[index]), weight)
+
+
+SignalRow = Callable[[str, tuple[int, ...], tuple[int, ...]], int]
+"""From a completion's id, its prompt's tokens and its own to the row where its teacher signals start."""
 
 
 def encode_examples(
-    batches: Iterable[pa.RecordBatch], renderer: ChatRenderer, *, max_length: int
-) -> tuple[ExampleSet, dict[str, int]]:
+    batches: Iterable[pa.RecordBatch], renderer: ChatRenderer, *, max_length: int, signal_row: SignalRow | None = None,
+    own_renderer: ChatRenderer | None = None,
+) -> tuple[ExampleSet, dict[str, int]]:  # fmt: skip
     """Render training rows (TRAINING_SCHEMA) to examples, in their order.
 
+    Args:
+        signal_row: finds the examples' ``signal_rows``, where they have any.
+        own_renderer: the teacher's, for a stage that reads apart; completions must fit into ``max_length`` in both.
     Returns:
         The examples, and counts that add up: ``completions`` = ``trained_completions`` + ``too_long`` + ``no_tokens``;
         ``rows``, ``trained_rows`` (with at least one completion left) and ``data_tokens`` (completion tokens of one epoch).
@@ -107,27 +135,30 @@ def encode_examples(
         TrainingError: no token is left to train on.
     """
     examples = ExampleSet()
+    examples.own = None if own_renderer is None else ExampleSet()
     names = ("rows", "completions", "trained_rows", "trained_completions", "too_long", "no_tokens", "data_tokens")
     counts = dict.fromkeys(names, 0)
     for batch in batches:
         for row in batch.to_pylist():
-            prompt = tuple(renderer.prompt_ids(row["messages"]))
-            kept = []
-            for completion in row["completions"]:
-                ids = renderer.completion_ids(completion["raw_text"], finished=completion["finish_reason"] == "stop")
-                if not ids or not prompt:
-                    counts["no_tokens"] += 1
-                elif len(prompt) + len(ids) > max_length:
-                    counts["too_long"] += 1
-                else:
-                    kept.append(tuple(ids))
+            prompt, kept, left_out = encode_row(row, renderer, max_length=max_length)
+            own_prompt, own_kept = tuple[int, ...](), dict[str, tuple[int, ...]]()
+            if own_renderer is not None:
+                own_prompt, pairs, _ = encode_row(row, own_renderer, max_length=max_length)
+                own_kept = dict(pairs)
+                left_out["too_long"] += sum(name not in own_kept for name, _ in kept)
+                kept = [(name, ids) for name, ids in kept if name in own_kept]
             counts["rows"] += 1
             counts["completions"] += len(row["completions"])
+            counts["too_long"] += left_out["too_long"]
+            counts["no_tokens"] += left_out["no_tokens"]
             if kept:
-                examples.append(Example(row["prompt_id"], prompt, tuple(kept)))
+                rows = () if signal_row is None else tuple(signal_row(name, prompt, ids) for name, ids in kept)
+                examples.append(Example(row["prompt_id"], prompt, tuple(ids for _, ids in kept), rows))
+                if examples.own is not None:
+                    examples.own.append(Example(row["prompt_id"], own_prompt, tuple(own_kept[name] for name, _ in kept)))
                 counts["trained_rows"] += 1
                 counts["trained_completions"] += len(kept)
-                counts["data_tokens"] += sum(len(ids) for ids in kept)
+                counts["data_tokens"] += sum(len(ids) for _, ids in kept)
     if not len(examples):
         raise TrainingError(
             f"no token to train on: of {counts['completions']} completions in {counts['rows']} rows, {counts['too_long']} are "
@@ -135,6 +166,24 @@ def encode_examples(
             "Raise max_length, or loosen the filter."
         )
     return examples, counts
+
+
+def encode_row(
+    row: Mapping[str, Any], renderer: ChatRenderer, *, max_length: int
+) -> tuple[tuple[int, ...], list[tuple[str, tuple[int, ...]]], dict[str, int]]:
+    """The tokens of a training row's prompt and of its usable completions by id, and how many are left out by reason."""
+    prompt = tuple(renderer.prompt_ids(row["messages"]))
+    kept: list[tuple[str, tuple[int, ...]]] = []
+    left_out = {"too_long": 0, "no_tokens": 0}
+    for completion in row["completions"]:
+        ids = renderer.completion_ids(completion["raw_text"], finished=completion["finish_reason"] == "stop")
+        if not ids or not prompt:
+            left_out["no_tokens"] += 1
+        elif len(prompt) + len(ids) > max_length:
+            left_out["too_long"] += 1
+        else:
+            kept.append((completion["completion_id"], tuple(ids)))
+    return prompt, kept, left_out
 
 
 @lru_cache(maxsize=2)
@@ -150,16 +199,24 @@ class TokenTree:
     tokens: list[int]
     depth: list[int]
     end: list[int]
-    targets: dict[tuple[int, int], int]
-    """How many completions put a token (second) right after a place of this sequence (first)."""
+    targets: dict[tuple[int, int], float]
+    """The weight of all completions that put a token (second) right after a place of this sequence (first)."""
     prompt_ids: tuple[str, ...]
+    signals: list[tuple[int, int]]
+    """(place, row of the teacher signals) of every completion token that has one; a shared place comes several times."""
 
 
 def sequences_of(examples: Sequence[Example], layout: Layout, *, max_tokens: int) -> list[TokenTree]:
     """The sequences of some examples: trees of at most ``max_tokens`` (``shared``), or one a completion (``plain``)."""
     if layout == "plain":
-        return [_tree([replace(example, completions=(ids,))]) for example in examples for ids in example.completions]
+        return [_tree([alone]) for example in examples for alone in _alone(example)]
     return [_tree(group) for group in _neighbours(examples, min(max_tokens, TREE_TOKENS))]
+
+
+def _alone(example: Example) -> Iterator[Example]:
+    """Each completion of an example behind its prompt."""
+    for index, ids in enumerate(example.completions):
+        yield replace(example, completions=(ids,), signal_rows=example.signal_rows[index : index + 1])
 
 
 def _neighbours(examples: Sequence[Example], max_tokens: int) -> Iterator[list[Example]]:
@@ -187,12 +244,17 @@ def _tree(examples: Sequence[Example]) -> TokenTree:
     tokens: list[int] = []
     depth: list[int] = []
     end: list[int] = []
-    targets: dict[tuple[int, int], int] = {}
+    targets: dict[tuple[int, int], float] = {}
+    signals: list[tuple[int, int]] = []
     # Sorted, texts that begin alike stand together, and each one leaves the path of the one before at one place.
-    texts = sorted((example.prompt + ids, len(example.prompt)) for example in examples for ids in example.completions)
+    texts = sorted(
+        (example.prompt + ids, len(example.prompt), row, example.weight)
+        for example in examples
+        for ids, row in zip(example.completions, example.signal_rows or repeat(NO_SIGNAL), strict=False)
+    )
     path: list[int] = []
     last: tuple[int, ...] = ()
-    for ids, prompt_length in texts:
+    for ids, prompt_length, row, weight in texts:
         inputs = ids[:-1]
         shared = _common(last, inputs)
         for place in path[shared:]:
@@ -205,10 +267,26 @@ def _tree(examples: Sequence[Example]) -> TokenTree:
             end.append(0)
         last = inputs
         for place, target in zip(path[prompt_length - 1 :], ids[prompt_length:], strict=True):
-            targets[place, target] = targets.get((place, target), 0) + 1
+            targets[place, target] = targets.get((place, target), 0.0) + weight
+        if row != NO_SIGNAL:
+            signals += [(place, row + offset) for offset, place in enumerate(path[prompt_length - 1 :])]
     for place in path:
         end[place] = len(tokens)
-    return TokenTree(tokens, depth, end, targets, tuple(example.prompt_id for example in examples))
+    return TokenTree(tokens, depth, end, targets, tuple(example.prompt_id for example in examples), signals)
+
+
+@dataclass(frozen=True)
+class SignalPlaces:
+    """Which rows of a table of teacher signals speak of which of a batch's P positions: pairs, some positions in several."""
+
+    position_M: np.ndarray[Any, np.dtype[np.int64]]
+    row_M: np.ndarray[Any, np.dtype[np.int64]]
+
+    def first_rows(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """(P,) one row a position: the first of those that there are."""
+        position_P, first = np.unique(self.position_M, return_index=True)
+        assert len(position_P) == int(self.position_M.max(initial=-1)) + 1, "a position without a signal"
+        return self.row_M[first]
 
 
 @dataclass(frozen=True)
@@ -225,17 +303,16 @@ class MicroBatch:
     lengths_S: Tensor
     places_P: Tensor
     targets: Targets
-    num_tokens: int
     prompt_ids: tuple[str, ...]
     layout: Layout
+    signals: SignalPlaces
 
     def to(self, device: str) -> "MicroBatch":
         """The same batch on a device."""
         if device == "cpu":
             return self
         moved: dict[str, Any] = {key: x.to(device) for key, x in vars(self).items() if isinstance(x, Tensor)}
-        targets: dict[str, Any] = {key: x.to(device) for key, x in vars(self.targets).items() if isinstance(x, Tensor)}
-        return replace(self, **moved, targets=replace(self.targets, **targets))
+        return replace(self, **moved, targets=self.targets.to(torch.device(device)))
 
     def attention_mask(self, *, additive: bool) -> Tensor:
         """What the model takes: (S, T) of ones and zeros in layout ``plain``, else (S, 1, T, T), boolean or additive."""
@@ -272,9 +349,10 @@ def collate(sequences: Sequence[TokenTree], *, layout: Layout, pad_id: int) -> M
     end = np.tile(np.arange(1, width + 1, dtype=np.int64), (len(sequences), 1))
     places: list[int] = []
     bounds: list[int] = [0]
-    pairs: list[tuple[int, int, int]] = []
+    pairs: list[tuple[int, int, float]] = []
+    signals: list[tuple[int, int]] = []
     for row, sequence in enumerate(sequences):
-        length = len(sequence.tokens)
+        length, first = len(sequence.tokens), len(places)
         token_ids[row, :length], position_ids[row, :length], end[row, :length] = sequence.tokens, sequence.depth, sequence.end
         for (place, target), weight in sorted(sequence.targets.items()):
             flat = row * width + place
@@ -283,11 +361,15 @@ def collate(sequences: Sequence[TokenTree], *, layout: Layout, pad_id: int) -> M
                 bounds.append(len(pairs))
             pairs.append((len(places) - 1, target, weight))
             bounds[-1] = len(pairs)
+        rank = {flat - row * width: first + index for index, flat in enumerate(places[first:])}
+        signals += [(rank[place], signal_row) for place, signal_row in sequence.signals]
+    signals_M2 = np.array(signals, dtype=np.int64).reshape(-1, 2)
     position_N, target_N, weight_N = (torch.tensor(column) for column in zip(*pairs, strict=True))
     weight_P = torch.zeros(len(places)).index_add_(0, position_N, weight_N.float())
     lengths = [len(sequence.tokens) for sequence in sequences]
     return MicroBatch(
         torch.from_numpy(token_ids), torch.from_numpy(position_ids), torch.from_numpy(end), torch.tensor(lengths),
-        torch.tensor(places), Targets(bounds, position_N, target_N, weight_N.float(), weight_P), int(weight_N.sum()),
+        torch.tensor(places), Targets(bounds, position_N, target_N, weight_N.float(), weight_P),
         tuple(dict.fromkeys(name for sequence in sequences for name in sequence.prompt_ids)), layout,
+        SignalPlaces(signals_M2[:, 0], signals_M2[:, 1]),
     )  # fmt: skip

@@ -3,13 +3,15 @@
 A checkpoint is a folder ``step-00000012`` with ``model.safetensors``, ``optimizer.safetensors``, ``random.safetensors`` and
 ``state.json``, which holds the data position, the curve so far and the SHA-256 of the three. It is written under another name,
 synced and renamed, so that it is whole or absent; one whose hashes do not fit is skipped with a word. Nothing is pickled.
-The last two are kept. A checkpoint of other data or settings is not used: its run key differs.
+The last two are kept, also where the disk is too full for a third. A checkpoint of other data or settings is not used: its
+run key differs.
 """
 
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from distill_pipeline.errors import TrainingError
 from distill_pipeline.hashing import file_sha256
 from distill_pipeline.outcome import Progress
 from distill_pipeline.storage.files import sync
@@ -26,6 +29,7 @@ from distill_pipeline.storage.files import sync
 KEPT = 2
 STATE = "state.json"
 PREFIX = "step-"
+TEMPORARY = ".tmp-"
 
 
 @dataclass(frozen=True)
@@ -51,11 +55,45 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Path, step: int, model: Any, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> Path:
-    """Write the checkpoint of ``step`` (over all stages) below ``folder`` and drop older ones; returns its folder."""
-    final, temporary = folder / f"{PREFIX}{step:08d}", folder / f".tmp-{step:08d}-{os.getpid()}"
-    for path in (temporary, final):
-        shutil.rmtree(path, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    """Write the checkpoint of ``step`` (over all stages) below ``folder`` and drop older ones; returns its folder.
+
+    Raises:
+        TrainingError: the disk is full or fails; older checkpoints are untouched.
+    """
+    final, temporary = folder / f"{PREFIX}{step:08d}", folder / f"{TEMPORARY}{step:08d}-{os.getpid()}"
+    for torn in folder.glob(f"{TEMPORARY}*"):  # of a run that was killed while it wrote
+        shutil.rmtree(torn, ignore_errors=True)
+    with written_or_removed(temporary, f"the checkpoint of step {step}", folder):
+        temporary.mkdir(parents=True)
+        _write_files(temporary, model, optimizer, state)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+        sync(folder)
+    for old in _folders(folder)[:-KEPT]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+@contextmanager
+def written_or_removed(target: Path, what: str, checkpoints: Path) -> Iterator[None]:
+    """What is written inside to ``target``, a folder, is gone again if the disk fails, and the error says what remains.
+
+    Raises:
+        TrainingError: from the error of the disk.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as err:
+        shutil.rmtree(target, ignore_errors=True)
+        kept = _folders(checkpoints)
+        remains = f"The run goes on from {kept[-1]} when it is started again" if kept else "No checkpoint was written before"
+        free = shutil.disk_usage(next(path for path in target.parents if path.exists())).free
+        raise TrainingError(
+            f"{what} could not be written to {target.parent}: {err} ({free:,} bytes are free). {remains}. Make room first."
+        ) from err
+
+
+def _write_files(folder: Path, model: Any, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
     random = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available() and model.device.type == "cuda":
         random["cuda"] = torch.cuda.get_rng_state()
@@ -66,17 +104,12 @@ def save_checkpoint(folder: Path, step: int, model: Any, optimizer: torch.optim.
     }
     hashes = {}
     for name, tensors in files.items():
-        save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, temporary / name)
-        sync(temporary / name)
-        hashes[name] = file_sha256(temporary / name)
-    (temporary / STATE).write_text(json.dumps({"files": hashes, "state": dict(state)}), encoding="utf-8")
-    sync(temporary / STATE)
-    sync(temporary)
-    os.replace(temporary, final)
+        save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, folder / name)
+        sync(folder / name)
+        hashes[name] = file_sha256(folder / name)
+    (folder / STATE).write_text(json.dumps({"files": hashes, "state": dict(state)}), encoding="utf-8")
+    sync(folder / STATE)
     sync(folder)
-    for old in _folders(folder)[:-KEPT]:
-        shutil.rmtree(old, ignore_errors=True)
-    return final
 
 
 def latest_checkpoint(folder: Path, run_key: str, progress: Progress) -> Checkpoint | None:

@@ -12,7 +12,7 @@ weights and losses in float32, on CUDA the forward passes in bfloat16. Given up:
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,15 @@ import torch
 from torch import Tensor
 
 from distill_pipeline.errors import TrainingError
+from distill_pipeline.models.output_head import OutputHead
 from distill_pipeline.outcome import Progress
+from distill_pipeline.signals.table import StoredSignals
+from distill_pipeline.training.apart import TeacherReading, read_apart
 from distill_pipeline.training.batches import Example, ExampleSet, Layout, MicroBatch, epoch_order, micro_batches
 from distill_pipeline.training.checkpoints import Checkpoint, save_checkpoint
 from distill_pipeline.training.head import POLICY_GRADIENT, head_loss
 from distill_pipeline.training.layout import forward_precision, hidden_states
+from distill_pipeline.training.measuring import prompts_without_numbers
 from distill_pipeline.training.position import StagePosition
 from distill_pipeline.training.rollouts import StudentSampler, answers_itself, rollouts_text
 from distill_pipeline.training.spec import TrainStageSpec
@@ -38,16 +42,18 @@ ADAM_BETAS = (0.9, 0.95)
 
 @dataclass(frozen=True)
 class ModelPair:
-    """Student and frozen teacher (None where no stage needs one), with their heads.
+    """Student and frozen teacher (None where no stage needs one), with their heads; or what was stored of the teacher.
 
-    ``vocab_width`` is the narrower head's number of rows: the wider one is cut there, at padding that no token uses.
+    The student's head is cut to ``vocab_width`` rows, at padding that no token uses; the teacher's is cut already: to as many,
+    or where the two have different tokenizers to its own.
     """
 
     student: Any
-    student_head_VH: Tensor
+    student_head: OutputHead
     vocab_width: int
     teacher: Any = None
-    teacher_head_VH: Tensor | None = None
+    teacher_head: OutputHead | None = None
+    signals: StoredSignals | None = None
 
 
 @dataclass(frozen=True)
@@ -90,7 +96,7 @@ class TrainingRun:
         """Train all stages; ``curve`` then has one row a step. With ``resume``, go on where that checkpoint stopped.
 
         Raises:
-            TrainingError: a loss or gradient is not a number, or a stage needs a teacher or sampler that is not there.
+            TrainingError: a loss or gradient is not a number, or a part that a stage needs is not there.
         """
         self._check_parts()
         first_stage = first_step = 0
@@ -106,6 +112,7 @@ class TrainingRun:
         for index, stage in enumerate(self.stages):
             for part, needed, there in (
                 ("a teacher", stage.needs_teacher, self.models.teacher is not None),
+                ("teacher signals", stage.signal != "online", self.models.signals is not None),
                 ("a sampler", stage.method == "on_policy", self.sampler is not None),
             ):
                 if needed and not there:
@@ -154,25 +161,37 @@ class TrainingRun:
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.zero_grad(set_to_none=True)
+        own = None
+        if stage.reads_apart and self.examples.own is not None:
+            own = step_examples(self.examples.own, stage, self.seed, position.step)
         result = accumulate_gradients(
             self.models, batch, stage, layout=self.layout, pad_id=self.pad_id, device=self.device,
-            use_bfloat16=self.use_bfloat16,
+            use_bfloat16=self.use_bfloat16, own=own,
         )  # fmt: skip
         norm = float(torch.nn.utils.clip_grad_norm_(student.parameters(), stage.clip_norm or math.inf))
         if not (math.isfinite(result.loss) and math.isfinite(norm)):
-            names = ", ".join(example.prompt_id for example in batch)
+            cause = self._cause(stage, batch if own is None else own)
             raise TrainingError(
                 f"stage {index + 1} ({stage.method}), after {position}: the loss is {result.loss} and the gradient "
-                f"norm {norm}. The weights were not changed. Lower lr ({stage.lr}) or look at these prompts: {names}"
+                f"norm {norm}. The weights were not changed. {cause}"
             )
         optimizer.step()
         self.trained_tokens += result.num_tokens
         position.advance(result.num_tokens)
         self.curve.append({
             "step": len(self.curve) + 1, "stage": index, "method": stage.method, "loss": result.loss,
-            "kl": result.kl if stage.needs_teacher else None, "ce": result.ce, "lr": rate, "grad_norm": norm,
+            "kl": result.kl if stage.distills else None, "ce": result.ce, "lr": rate, "grad_norm": norm,
             "tokens": self.trained_tokens, **(rolled.row() if rolled is not None else {}),
         })  # fmt: skip
+
+    def _cause(self, stage: TrainStageSpec, read: Sequence[Example]) -> str:
+        """Where a loss that is not a number comes from: the teacher's logits, if they are none, else perhaps the step."""
+        models, names = self.models, [example.prompt_id for example in read]
+        if stage.needs_teacher and models.teacher_head is not None:
+            faulty = prompts_without_numbers(models.teacher, models.teacher_head, read, use_bfloat16=self.use_bfloat16)
+            if faulty:
+                return f"The teacher's logits are not numbers on these prompts: {', '.join(faulty)}. Choose another teacher."
+        return f"Lower lr ({stage.lr}) or look at these prompts: {', '.join(names)}"
 
     def _save(self, stage: int, step: int, optimizer: torch.optim.Optimizer) -> None:
         state = self.checkpoint_state | {
@@ -190,23 +209,40 @@ def accumulate_gradients(
     pad_id: int,
     device: str,
     use_bfloat16: bool = False,
+    own: Sequence[Example] | None = None,
 ) -> StepLoss:
     """Add the gradient of one global batch to the student's parameters, micro-batch by micro-batch.
 
     The same loss and gradient whatever ``stage.micro_batch_tokens`` and ``layout`` (to rounding).
+
+    Args:
+        own: the batch in the teacher's tokens, for a stage that reads apart; that one is always laid out ``plain``.
     """
     num_tokens = sum(example.num_tokens for example in batch)
-    sums = torch.zeros(3, device=device)
+    sums, reading = torch.zeros(3, device=device), None
+    if stage.reads_apart:
+        assert own is not None, "the run's examples were encoded twice"
+        layout, tokens = "plain", stage.micro_batch_tokens
+        batch, reading = read_apart(models.teacher, batch, own, max_tokens=tokens, device=device, use_bfloat16=use_bfloat16)
     for part in micro_batches(batch, layout=layout, max_tokens=stage.micro_batch_tokens, pad_id=pad_id):
-        sums += _micro_step(models, part.to(device), stage, num_tokens, use_bfloat16)
+        sums += _micro_step(models, part.to(device), stage, num_tokens, use_bfloat16, reading)
     loss, kl, ce = sums.tolist()
     return StepLoss(loss, kl, ce, num_tokens)
 
 
-def _micro_step(models: ModelPair, part: MicroBatch, stage: TrainStageSpec, num_tokens: int, use_bfloat16: bool) -> Tensor:
+def _micro_step(
+    models: ModelPair, part: MicroBatch, stage: TrainStageSpec, num_tokens: int, use_bfloat16: bool,
+    reading: TeacherReading | None,
+) -> Tensor:  # fmt: skip
     device_type = part.token_ids_ST.device.type
     teacher_hidden_PH = None
-    if stage.needs_teacher:
+    if stage.distills and stage.signal != "online":
+        assert models.signals is not None, "the run checked its parts"
+        sparse = models.signals.targets(stage.signal, stage.kd_temperature, part.signals.first_rows())
+        part = replace(part, targets=replace(part.targets, sparse=sparse.to(part.token_ids_ST.device)))
+    elif reading is not None:
+        teacher_hidden_PH, part = reading.of(part)
+    elif stage.distills:
         with torch.inference_mode(), forward_precision(device_type, use_bfloat16):
             teacher_hidden_PH = hidden_states(models.teacher, part)
     with forward_precision(device_type, use_bfloat16):
@@ -214,16 +250,12 @@ def _micro_step(models: ModelPair, part: MicroBatch, stage: TrainStageSpec, num_
     if use_bfloat16:
         hidden_PH = hidden_PH.to(torch.bfloat16)
         teacher_hidden_PH = None if teacher_hidden_PH is None else teacher_hidden_PH.to(torch.bfloat16)
-    student_VH, teacher_VH = models.student_head_VH, models.teacher_head_VH if stage.needs_teacher else None
-    if len(student_VH) != models.vocab_width:
-        student_VH = student_VH[: models.vocab_width]
-    if teacher_VH is not None:
-        teacher_VH = teacher_VH[: models.vocab_width]
     result = head_loss(
-        hidden_PH, student_VH, part.targets, num_tokens=num_tokens, teacher_hidden_PH=teacher_hidden_PH,
-        teacher_weight_VH=teacher_VH, options=stage.divergence_options,
+        hidden_PH, models.student_head.cut(models.vocab_width), part.targets, num_tokens=num_tokens,
+        teacher_hidden_PH=teacher_hidden_PH, teacher_head=models.teacher_head if stage.needs_teacher else None,
+        options=stage.divergence_options,
         divergence=POLICY_GRADIENT if stage.objective == "policy_gradient" else stage.divergence,
-        kd_temperature=stage.kd_temperature, ce_weight=stage.ce_weight if stage.needs_teacher else 1.0,
+        kd_temperature=stage.kd_temperature, ce_weight=stage.ce_weight if stage.distills else 1.0,
     )  # fmt: skip
     result.loss.backward()  # type: ignore[no-untyped-call]
     return torch.stack([result.loss.detach(), result.divergence, result.cross_entropy])

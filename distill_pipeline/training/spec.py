@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, StringConstraints, model_serializer, model_validator
 
+from distill_pipeline.signals.spec import SignalKind
 from distill_pipeline.spec import Spec
 
 ALGORITHM = "student_checkpoint/1"
@@ -13,7 +14,7 @@ ALGORITHM = "student_checkpoint/1"
 DataRef = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]+(_[a-z0-9]+)*/[a-z0-9]+(_[a-z0-9]+)*$")]
 
 
-Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd", "akl"]
+Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd", "akl", "uld"]
 
 DIVERGENCE_OPTION: Mapping[str, Literal["alpha", "beta", "mu"]] = {
     "jsd": "beta", "skew_forward_kl": "alpha", "skew_reverse_kl": "alpha", "akl": "mu",
@@ -21,11 +22,38 @@ DIVERGENCE_OPTION: Mapping[str, Literal["alpha", "beta", "mu"]] = {
 """The number that a divergence of :mod:`distill_pipeline.losses` takes beside the logits, where it takes one."""
 
 
-class PruneSpec(Spec):
-    """Drop layers of the teacher: those with the least block influence (1 - cosine of a layer's input and output)."""
+Layer = Annotated[int, Field(ge=0)]
 
-    layers: int = Field(ge=1, description="layers that stay")
-    by: Literal["block_influence"] = "block_influence"
+
+class PruneSpec(Spec):
+    """Drop layers of the teacher: as many as leave ``layers``, chosen ``by`` a measure, or those of a list.
+
+    ``block_influence`` drops the layers that turn their input least, each by itself; ``angular_distance`` drops the run of
+    neighbours that turns it least as a whole.
+    """
+
+    layers: int | None = Field(None, ge=1, description="layers that stay")
+    by: Literal["block_influence", "angular_distance"] = "block_influence"
+    keep: tuple[Layer, ...] | None = Field(None, min_length=1, description="the layers that stay, counted from 0")
+    drop: tuple[Layer, ...] | None = Field(None, min_length=1, description="the layers that go, counted from 0")
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> "PruneSpec":
+        given = [name for name in ("layers", "keep", "drop") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of layers, keep, drop (given: {', '.join(given) or 'none'})")
+        if self.layers is None and "by" in self.model_fields_set:
+            raise ValueError(f"by: not read where {given[0]} lists the layers")
+        for name in ("keep", "drop"):
+            listed = getattr(self, name) or ()
+            if list(listed) != sorted(set(listed)):
+                raise ValueError(f"{name} is {list(listed)}; list each layer once, in rising order")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_unread(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        hidden = {"keep", "drop"} if self.layers is not None else {"layers", "by"}
+        return {name: value for name, value in handler(self).items() if name not in hidden and value is not None}
 
 
 class ScratchSpec(Spec):
@@ -75,11 +103,14 @@ class TrainStageSpec(Spec):
     """One stage of a student's training. Stages run in order.
 
     ``sft`` learns the data's tokens and ``logit_kd`` the teacher's distribution on them; ``on_policy`` learns the teacher's
-    distribution on what the student itself answers to the data's prompts.
+    distribution on what the student itself answers to the data's prompts. With divergence ``uld`` the two models may have
+    different tokenizers.
     """
 
     method: Literal["sft", "logit_kd", "on_policy"]
-    signal: Literal["online"] = Field("online", description="where logit_kd gets the teacher's distribution")
+    signal: Literal["online", "topk", "sampled"] = Field(
+        "online", description="where logit_kd gets the teacher's distribution: from the teacher itself, or as stored before"
+    )
     divergence: Divergence = "forward_kl"
     beta: float = Field(0.5, ge=0.0, le=1.0, description="jsd's weight of the teacher in the mixture; 1 is reverse_kl")
     alpha: float = Field(0.1, ge=0.0, le=1.0, description="how much of its first argument a skewed divergence mixes in")
@@ -107,9 +138,19 @@ class TrainStageSpec(Spec):
     clip_norm: float | None = Field(1.0, gt=0.0)
 
     @property
-    def needs_teacher(self) -> bool:
-        """Whether the teacher reads along."""
+    def distills(self) -> bool:
+        """Whether a divergence from the teacher is part of the loss."""
         return self.method in {"logit_kd", "on_policy"}
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the teacher itself reads along."""
+        return self.distills and self.signal == "online"
+
+    @property
+    def reads_apart(self) -> bool:
+        """Whether student and teacher each read the data in their own tokens."""
+        return self.method == "logit_kd" and self.divergence == "uld"
 
     @property
     def divergence_options(self) -> dict[str, float]:
@@ -121,6 +162,10 @@ class TrainStageSpec(Spec):
     def _no_setting_in_vain(self) -> "TrainStageSpec":
         if vain := sorted(self._unread() & self.model_fields_set):
             raise ValueError(f"{', '.join(vain)}: not read by method {self.method} with divergence {self.divergence}")
+        if self.signal != "online" and (self.method, self.divergence) != ("logit_kd", "forward_kl"):
+            raise ValueError(f"signal {self.signal} is for method logit_kd with divergence forward_kl")
+        if self.divergence == "uld" and self.method == "on_policy":
+            raise ValueError("divergence uld pairs a teacher's answers in two tokenizations: it is for method logit_kd")
         if self.method == "on_policy" and self.lambda_ == 1.0 and self.ce_weight > 0.0:
             raise ValueError(f"ce_weight is {self.ce_weight}, but with lambda_ 1 no step sees the data's tokens")
         if self.objective == "policy_gradient":
@@ -142,7 +187,7 @@ class TrainStageSpec(Spec):
 
     def _unread(self) -> set[str]:
         """Settings of other methods and divergences."""
-        unread = {"alpha", "beta", "mu"} - (self.divergence_options.keys() if self.needs_teacher else set())
+        unread = {"alpha", "beta", "mu"} - (self.divergence_options.keys() if self.distills else set())
         return unread if self.method == "on_policy" else unread | {"lambda_", "objective", "rollouts"}
 
     @model_serializer(mode="wrap")
@@ -158,9 +203,39 @@ class StudentSpec(Spec):
     data: tuple[DataRef, ...] = Field(min_length=1)
     init: InitSpec
     stages: tuple[TrainStageSpec, ...] = Field(min_length=1)
+    system: Literal["teacher", "none"] = Field(
+        "teacher", exclude_if=lambda value: value == "teacher",
+        description="system prompts it reads the data under: the teacher's, or none, so that they become part of the weights",
+    )  # fmt: skip
+    target: Literal["trace", "answer", "both"] = Field(
+        "trace", exclude_if=lambda value: value == "trace",
+        description="what it learns to write: the whole trace, the answer alone, or answer and reasoning as two tasks",
+    )  # fmt: skip
+    answer_weight: float = Field(
+        0.5, gt=0.0, lt=1.0, exclude_if=lambda value: value == 0.5,
+        description="with target both: the answers' share of the loss, each task's loss being the mean over its tokens",
+    )  # fmt: skip
     max_length: int = Field(
         2048, ge=16, description="longest prompt plus completion in tokens; longer ones are left out, counted"
     )
+
+    @model_validator(mode="after")
+    def _settings_fit_the_stages(self) -> "StudentSpec":
+        if "answer_weight" in self.model_fields_set and self.target != "both":
+            raise ValueError(f"answer_weight is for target both; the target is {self.target}")
+        for index, stage in enumerate(self.stages):
+            if self.system == "none" and stage.distills:
+                raise ValueError(
+                    f"system none is for sft: in stages.{index} ({stage.method}) the teacher reads the student's own tokens, "
+                    "so it would not know the system prompt either"
+                )
+            if self.target != "trace" and stage.signal != "online":
+                raise ValueError(
+                    f"target {self.target}: the signals of stages.{index} are stored for whole traces; use signal: online"
+                )
+            if self.target == "both" and stage.method == "on_policy":
+                raise ValueError(f"target both: stages.{index} (on_policy) answers prompts itself; use trace or answer")
+        return self
 
     @model_validator(mode="after")
     def _first_stage_has_none_before(self) -> "StudentSpec":
@@ -177,3 +252,18 @@ class StudentSpec(Spec):
                     f"may have max_length={self.max_length} tokens; lower the first or raise the second"
                 )
         return self
+
+    @property
+    def method(self) -> str:
+        """How it is trained, in a word a stage, and what sets it apart from a student of whole traces under system prompts."""
+        marks = [self.target] * (self.target != "trace") + ["untold"] * (self.system == "none")
+        return "+".join(dict.fromkeys([*(stage.method for stage in self.stages), *marks]))
+
+    def signal_kinds(self) -> tuple[SignalKind, ...]:
+        """The kinds of stored teacher signals that the stages read."""
+        return tuple(dict.fromkeys(stage.signal for stage in self.stages if stage.signal != "online"))
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a stage reads the teacher's distributions from the teacher itself."""
+        return any(stage.needs_teacher for stage in self.stages)

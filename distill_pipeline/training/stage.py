@@ -6,12 +6,14 @@ nats a token; with an on_policy stage also the step's rollouts, their mean token
 there were none). Times are facts, never in a file, so that equal runs leave equal files.
 
 Decided: where student and teacher give the same meaning to every token id, both use the teacher's tokenizer and chat
-template, so they see the same tokens that generation saw. Otherwise the student keeps its own, and only sft is possible.
+template, so they see the same tokens that generation saw. Otherwise the student keeps its own, and only sft and logit_kd with
+divergence uld are possible.
 """
 
 import hashlib
+import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,20 +25,26 @@ import torch
 from distill_pipeline.errors import TrainingError, VocabularyMismatchError
 from distill_pipeline.hashing import version_of
 from distill_pipeline.models.load import load_model, load_tokenizer, resolve_device
+from distill_pipeline.models.output_head import output_head
 from distill_pipeline.models.resolve import ModelFolder
 from distill_pipeline.outcome import Outcome, Progress
+from distill_pipeline.reasoning import opening_of
 from distill_pipeline.rendering import ChatRenderer
-from distill_pipeline.training.batches import ExampleSet, encode_examples, epoch_order
-from distill_pipeline.training.checkpoints import Checkpoint, latest_checkpoint, remove_checkpoints
-from distill_pipeline.training.head import plain_head
+from distill_pipeline.signals.files import Wanted
+from distill_pipeline.signals.spec import SignalsSpec
+from distill_pipeline.signals.table import SignalSource, StoredSignals, open_signals
+from distill_pipeline.training.batches import Example, ExampleSet, encode_examples, epoch_order
+from distill_pipeline.training.checkpoints import Checkpoint, latest_checkpoint, remove_checkpoints, written_or_removed
 from distill_pipeline.training.layout import choose_layout
 from distill_pipeline.training.loop import ModelPair, TrainingRun
+from distill_pipeline.training.measuring import mean_cross_entropy
+from distill_pipeline.training.reading import rows_for_target, weigh_tasks
 from distill_pipeline.training.rollouts import StudentSampler, length_limit, rollout_facts
 from distill_pipeline.training.spec import ALGORITHM, StudentSpec
 from distill_pipeline.training.student import InitialStudent, initial_student
 
 CALIBRATION_EXAMPLES = 24
-"""Prompts, with one completion each, on which block influence is measured."""
+"""Prompts, with one completion each, on which layers and the untrained student are measured."""
 
 CURVE_SCHEMA = pa.schema(
     [
@@ -51,12 +59,16 @@ ROLLOUT_SCHEMA = pa.schema(
 """Further columns of the curve of a student with an on_policy stage."""
 
 
+_AS_DEFAULT = SignalsSpec()
+
+
 @dataclass(frozen=True)
 class _Text:
-    """Who reads the data: renderer, whose tokenizer it is, and the examples."""
+    """Who reads the data: renderer, whose tokenizer it is, the teacher's own for stages that read apart, and the examples."""
 
     renderer: ChatRenderer
     owner: str
+    own_renderer: ChatRenderer | None
     examples: ExampleSet
     counts: dict[str, int]
 
@@ -74,6 +86,8 @@ def train_student(
     seed: int,
     progress: Progress,
     checkpoint_seconds: float = 120.0,
+    signals: SignalsSpec = _AS_DEFAULT,
+    signal_sources: Sequence[SignalSource] = (),
 ) -> Outcome:
     """Train a student and write it to ``out_dir``.
 
@@ -81,16 +95,30 @@ def train_student(
         training_batches: rows of TRAINING_SCHEMA, in a fixed order.
         work_dir: keeps checkpoints between runs; a run that was killed goes on from the last one.
         init_model: the folder of ``student.init.model``, else None.
-        system: the teacher's system prompt.
+        system: the system prompt of conversations that do not begin with one.
         device: a torch device or ``auto``; on CUDA forward passes are in bfloat16.
         checkpoint_seconds: at least so long between two checkpoints.
+        signals, signal_sources: how teacher signals were captured and where they are, for stages that do not read them online.
     Raises:
-        TrainingError: nothing to train on, an architecture this cannot train, or a loss that is not a number.
+        TrainingError: nothing to train on, an architecture this cannot train, a loss that is not a number, or a full disk.
         VocabularyMismatchError: a stage needs the teacher, and the models' token ids mean different things.
         ConfigError: rollouts do not fit the models' contexts.
+        SignalMismatchError: teacher signals are missing, or belong to other tokens, settings or another teacher.
     """
     device = resolve_device(device)
-    text = _read_text(training_batches, student, teacher, init_model, system)
+    renderer, owner = _renderer(student, teacher, init_model, system)
+    own_renderer = None
+    if any(stage.reads_apart for stage in student.stages):
+        own_renderer = renderer if owner == "teacher" else ChatRenderer(load_tokenizer(teacher.path), system=system)
+    stored = _stored_signals(student, renderer, signals, signal_sources, work_dir / "signals")
+    opened = "" if student.target == "trace" else opening_of(renderer)
+    rows = rows_for_target(training_batches, student.target, opened=opened)
+    examples, counts = encode_examples(
+        rows, renderer, max_length=student.max_length, signal_row=stored.row if stored else None, own_renderer=own_renderer
+    )
+    if student.target == "both":
+        counts |= {f"{task}_tokens": number for task, number in weigh_tasks(examples, student.answer_weight).items()}
+    text = _Text(renderer, owner, own_renderer, examples, counts)
     run_key = version_of(
         {"algorithm": ALGORITHM, "student": student.document(), "teacher": teacher.identity, "seed": seed,
          "init_model": init_model.identity if init_model else None, "renderer": text.renderer.fingerprint,
@@ -103,9 +131,12 @@ def train_student(
     torch.manual_seed(seed)
     initial = _initial(student, teacher, init_model, text, seed, device, resume)
     progress(f"student: {initial.facts['parameters']:,} parameters, {initial.facts['share']:.0%} of the teacher's")
-    needs_teacher = any(stage.needs_teacher for stage in student.stages)
     use_bfloat16 = torch.device(device).type == "cuda"
-    pair = _pair(initial.model, teacher if needs_teacher else None, text, device, use_bfloat16)
+    pair = _pair(initial.model, teacher if student.needs_teacher else None, text, device, use_bfloat16, stored)
+    if resume is None:
+        initial.facts["untrained_loss"] = round(
+            mean_cross_entropy(pair.student, pair.student_head, _calibration(text, seed), pad_id=text.renderer.end_token_id), 6
+        )
     models = [model for model in (pair.student, pair.teacher) if model is not None]
     sampler, longest = _sampler(student, models, text, seed, use_bfloat16)
     layout, reason = choose_layout(models, longest)
@@ -118,8 +149,10 @@ def train_student(
     hash_after = parameters_sha256(pair.teacher) if pair.teacher is not None else None
     if hash_before != hash_after:
         raise TrainingError(f"the teacher {teacher.reference} changed while the student trained: {hash_before} to {hash_after}")
-    _write_student(pair.student, text.renderer.tokenizer, run.curve, out_dir)
+    with written_or_removed(out_dir, "the student", checkpoint_dir):
+        _write_student(pair.student, text.renderer.tokenizer, run.curve, out_dir)
     remove_checkpoints(checkpoint_dir)
+    shutil.rmtree(work_dir / "signals", ignore_errors=True)
     facts = initial.facts | _run_facts(run) | {
         "layout": layout, "layout_reason": reason, "tokenizer": text.owner, "renderer": text.renderer.fingerprint,
         "teacher_sha256_before": hash_before, "teacher_sha256_after": hash_after, "device": device,
@@ -139,24 +172,41 @@ def parameters_sha256(model: Any) -> str:
     return digest.hexdigest()
 
 
-def _read_text(
-    batches: Iterable[pa.RecordBatch], student: StudentSpec, teacher: ModelFolder, init_model: ModelFolder | None,
-    system: str | None,
-) -> _Text:  # fmt: skip
+def _renderer(
+    student: StudentSpec, teacher: ModelFolder, init_model: ModelFolder | None, system: str | None
+) -> tuple[ChatRenderer, str]:
+    """What turns text into the student's tokens, and whose tokenizer it has."""
     tokenizer, owner = load_tokenizer(teacher.path), "teacher"
     if init_model is not None:
         own = load_tokenizer(init_model.path)
         differing = different_ids(own.get_vocab(), tokenizer.get_vocab())
-        if differing and any(stage.needs_teacher for stage in student.stages):
+        if differing and any(stage.distills and not stage.reads_apart for stage in student.stages):
             raise VocabularyMismatchError(
                 f"{init_model.reference} and {teacher.reference} give different meanings to {len(differing)} token ids, for "
-                f"instance {', '.join(differing[:5])}. Use sft, or a student with the teacher's tokenizer."
+                f"instance {', '.join(differing[:5])}. Use sft, logit_kd with divergence uld, or a student with the teacher's "
+                "tokenizer."
             )
         if differing:
             tokenizer, owner = own, "student"
-    renderer = ChatRenderer(tokenizer, system=system)
-    examples, counts = encode_examples(batches, renderer, max_length=student.max_length)
-    return _Text(renderer, owner, examples, counts)
+    return ChatRenderer(tokenizer, system=system), owner
+
+
+def _stored_signals(
+    student: StudentSpec, renderer: ChatRenderer, signals: SignalsSpec, sources: Sequence[SignalSource], folder: Path
+) -> StoredSignals | None:
+    """The teacher signals that the stages read, compared with what they are wanted for; None where none does."""
+    if not student.signal_kinds():
+        return None
+    sizes = {"topk": signals.k, "sampled": signals.draws}
+    wanted = [
+        Wanted(
+            stage.signal, renderer.tokenizer_sha256, renderer.template_sha256, renderer.vocab_size, stage.kd_temperature,
+            sizes[stage.signal],
+        )
+        for stage in student.stages
+        if stage.signal != "online"
+    ]  # fmt: skip
+    return open_signals(sources, list(dict.fromkeys(wanted)), folder, renderer.template_under)
 
 
 def different_ids(student_vocab: dict[str, int], teacher_vocab: dict[str, int]) -> list[str]:
@@ -177,26 +227,40 @@ def _initial(
         facts = resume.state["init"]
         made = initial_student(student.init, teacher, init_model, [], seed, device, facts.get("kept_layers"))
         return InitialStudent(made.model, facts)
-    chosen = epoch_order(len(text.examples), seed=seed, epoch=0)[:CALIBRATION_EXAMPLES]
-    calibration = [[*text.examples[i].prompt, *text.examples[i].completions[0]] for i in chosen]
+    calibration = [[*example.prompt, *example.completions[0]] for example in _calibration(text, seed)]
     return initial_student(student.init, teacher, init_model, calibration, seed, device)
 
 
-def _pair(model: Any, teacher: ModelFolder | None, text: _Text, device: str, use_bfloat16: bool) -> ModelPair:
-    """Student and teacher in memory, with their heads."""
-    head_VH = plain_head(model)
-    width, frozen, teacher_head_VH = len(head_VH), None, None
+def _calibration(text: _Text, seed: int) -> list[Example]:
+    """The prompts of the first steps, with one completion each."""
+    chosen = epoch_order(len(text.examples), seed=seed, epoch=0)[:CALIBRATION_EXAMPLES]
+    return [
+        replace(example, completions=example.completions[:1], signal_rows=()) for example in (text.examples[i] for i in chosen)
+    ]
+
+
+def _pair(
+    model: Any, teacher: ModelFolder | None, text: _Text, device: str, use_bfloat16: bool, signals: StoredSignals | None
+) -> ModelPair:
+    """Student and teacher in memory, with their heads, or what was stored of the teacher."""
+    head, frozen, teacher_head = output_head(model), None, None
+    own = text.own_renderer if text.owner == "student" else None  # the teacher's, where it is another than the student's
+    width = len(head)
     if teacher is not None:
         frozen = load_model(teacher.path, device=device, dtype="bfloat16" if use_bfloat16 else "float32")
         frozen.eval().requires_grad_(False)
-        teacher_head_VH = plain_head(frozen)
-        width = min(width, len(teacher_head_VH))
+        teacher_head = output_head(frozen)
+        width = width if own else min(width, len(teacher_head))
     if text.renderer.vocab_size > width:
         raise VocabularyMismatchError(
             f"the tokenizer has {text.renderer.vocab_size} ids and the models' heads only {width} in common. "
             "Choose a model whose embedding covers its tokenizer."
         )
-    return ModelPair(model, head_VH, width, frozen, teacher_head_VH)
+    if signals is not None or own:
+        width = text.renderer.vocab_size  # what the teacher's side is about: padding columns hold no token
+    if teacher_head is not None:
+        teacher_head = teacher_head.cut(min(len(teacher_head), own.vocab_size) if own else width)
+    return ModelPair(model, head, width, frozen, teacher_head, signals)
 
 
 def _sampler(

@@ -61,7 +61,7 @@ TERMS = {
     "name": "smollm2",
     "model": "m",
     "license": "apache-2.0",
-    "verdict": "free",
+    "verdict": "allowed",
     "obligations": [],
     "accepted_because": None,
 }
@@ -70,11 +70,13 @@ COUNTS = {
     "teacher_outputs": {"expected": 1, "stopped": 1},
     "scored_outputs": {"completions": 1, "scored": 1},
     "filtered_set": {"completions": 1, "accepted": 1},
+    "teacher_signals": {"completions": 1, "captured": 1},
     "student_checkpoint": {"completions": 1, "trained_completions": 1},
     "comparison": {"students": 3},
 }
 FACTS: dict[str, dict[str, Any]] = {
     "teacher_outputs": {"teacher": TERMS}, "filtered_set": {"teacher": TERMS},
+    "teacher_signals": {"teacher": TERMS, "bytes_a_token": {"topk": 38.0}, "kept_mass_by_temperature": {"1.0": 0.97}},
     "student_checkpoint": {"teachers": [TERMS], "teacher_sha256_before": "h", "teacher_sha256_after": "h"},
 }  # fmt: skip
 

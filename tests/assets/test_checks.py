@@ -1,6 +1,11 @@
+from pathlib import Path
+
 import dagster as dg
 import pytest
 
+from distill_pipeline.experiment import load_experiment
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 FILTERED = "filtered_set/smollm2/verified"
 TO_STUDENT = '+key:"student_checkpoint__kl"'
 
@@ -79,6 +84,16 @@ def test_logit_distillation_that_kept_no_hash_of_its_teacher_fails_and_plain_fin
     found = checks(materialize('+key:"student_checkpoint__kl" or +key:"student_checkpoint__sft"'))
     assert not found["student_checkpoint__kl.teacher_is_unchanged"].passed
     assert found["student_checkpoint__sft.teacher_is_unchanged"].passed
+
+
+def test_a_student_of_stored_signals_needs_no_hash_of_a_teacher_and_its_signals_show_their_size(materialize, script):
+    script.facts["student_checkpoint/topk"] = {"teachers": [{"name": "smollm2", "license": "apache-2.0"}]}
+    result = materialize('+key:"student_checkpoint__topk"', load_experiment(REPOSITORY / "experiments" / "offline.yaml"))
+    assert result.success
+    assert checks(result)["student_checkpoint__topk.teacher_is_unchanged"].passed
+    (event,) = result.asset_materializations_for_node("teacher_signals__smollm2__verified")
+    assert event.metadata["bytes_a_token_topk"].value == 38.0
+    assert event.metadata["kept_mass_by_temperature_1_0"].value == 0.97
 
 
 def test_outputs_without_a_recorded_licence_are_not_used(materialize, script):

@@ -1,12 +1,15 @@
 """The quickstart's graph, written down: what a user sees, selects and stars in the UI."""
 
+from pathlib import Path
+
 import dagster as dg
 import pytest
 
 from assets.definitions import build_definitions
 from assets.naming import MODEL_STEP_TAG, tag_value
-from distill_pipeline.experiment import Experiment
+from distill_pipeline.experiment import Experiment, load_experiment
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 DATA = ["prompt_pool", "scored_outputs__smollm2", "teacher_outputs__smollm2"]
 STUDENT_CHECKS = ["licence_is_recorded", "quality_gate_is_passed", "rows_are_conserved", "teacher_is_unchanged"]
 REPORT_CHECKS = ["student_beats_untrained", "student_names_its_baselines"]
@@ -50,6 +53,21 @@ def test_the_graph_of_the_quickstart_is_the_one_written_down_here(definitions):
         checks = sorted(check.name for check in graph.get_check_keys_for_assets({key}))
         seen[key.to_user_string()] = (node.group_name, sorted(parent.to_user_string() for parent in node.parent_keys), checks)
     assert seen == GRAPH
+
+
+def test_signals_are_a_node_between_the_filtered_set_and_the_students_that_read_them():
+    definitions = build_definitions(load_experiment(REPOSITORY / "experiments" / "offline.yaml"))
+    graph = definitions.resolve_asset_graph()
+    signals = graph.get(dg.AssetKey("teacher_signals__smollm2__verified"))
+    assert (signals.group_name, [key.to_user_string() for key in signals.parent_keys]) == (
+        "data", ["filtered_set__smollm2__verified"],
+    )  # fmt: skip
+    assert {key.to_user_string() for key in signals.child_keys} == {"student_checkpoint__topk", "student_checkpoint__sampled"}
+    checks = {check.name for check in graph.get_check_keys_for_assets({signals.key})}
+    assert checks == {"rows_are_conserved", "quality_gate_is_passed", "licence_is_recorded"}
+    (asset,) = [asset for asset in definitions.assets if asset.key == signals.key]
+    assert asset.op.pool == "teacher_gpu"
+    assert MODEL_STEP_TAG in asset.op.tags
 
 
 def test_only_what_a_student_lacks_is_a_warning_and_every_other_claim_blocks(definitions):

@@ -35,7 +35,10 @@ def run(*words: str | Path) -> Result:
 
 def test_help_names_every_stage_in_order() -> None:
     text = run("--help").output
-    places = [text.index(f"distill {name}") for name in ("plan", "prompts", "generate", "score", "filter", "train", "evaluate")]
+    places = [
+        text.index(f"distill {name}")
+        for name in ("plan", "prompts", "generate", "score", "filter", "signals", "train", "evaluate")
+    ]
     assert places == sorted(places)
     for command in main.commands:
         assert run(command, "--help").exit_code == 0

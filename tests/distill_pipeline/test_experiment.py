@@ -58,6 +58,18 @@ def test_every_fault_is_reported_at_once_with_its_path(document: dict[str, Any])
     assert "experiment has 9 faults:" in text
 
 
+def test_a_temperature_without_stored_signals_is_a_fault_of_the_file(document: dict[str, Any]) -> None:
+    document["students"]["kl"]["stages"][0] |= {"signal": "topk", "kd_temperature": 2.0}
+    document["students"]["sft"]["stages"][0] |= {"signal": "sampled"}
+    text = faults_of(document)
+    assert "students.kl.stages.0.kd_temperature: 2.0 is not among signals.temperatures (1.0); add it there" in text
+    assert "students.sft.stages.0: signal sampled is for method logit_kd with divergence forward_kl" in text
+    document["signals"] = {"temperatures": [1.0, 1.0], "k": 0, "draws": 256}
+    text = faults_of(document)
+    for part in ("signals.temperatures: a temperature is listed twice", "signals.k: ", "signals.draws: "):
+        assert part in text
+
+
 def test_an_unknown_scorer_lists_the_known_ones(document: dict[str, Any]) -> None:
     document["scorers"]["elementary"] = [{"kind": "contains_anser"}]
     assert "contains_answer" in faults_of(document)
@@ -129,7 +141,10 @@ JSON = st.recursive(
 @settings(max_examples=80, deadline=None)
 @given(
     st.dictionaries(
-        st.sampled_from(["name", "seed", "prompt_pool", "teachers", "scorers", "filters", "students", "evaluation", "x"]), JSON
+        st.sampled_from(
+            ["name", "seed", "prompt_pool", "teachers", "scorers", "filters", "signals", "students", "evaluation", "x"]
+        ),
+        JSON,
     )
 )
 def test_any_document_is_a_config_error_and_never_another(document: dict[str, Any]) -> None:

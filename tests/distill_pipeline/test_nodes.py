@@ -56,14 +56,46 @@ def test_the_filter_ablation_uses_again_what_the_quickstart_made() -> None:
     assert set(ablation["students"]) == set(ablation["filters"])
 
 
-def test_the_on_policy_comparison_uses_again_what_the_quickstart_made_at_one_budget() -> None:
-    ours = yaml.safe_load(QUICKSTART.with_name("on_policy.yaml").read_text())
+def test_the_methods_use_again_what_the_quickstart_made_at_one_budget() -> None:
+    ours = yaml.safe_load(QUICKSTART.with_name("methods.yaml").read_text())
     found, theirs = versions(ours), versions(yaml.safe_load(QUICKSTART.read_text()))
-    shared = {"prompt_pool", "teacher_outputs/smollm2", "scored_outputs/smollm2", "filtered_set/smollm2/verified"}
+    shared = {"teacher_outputs/smollm2", "scored_outputs/smollm2"}
     assert {name: found[name] for name in shared} == {name: theirs[name] for name in shared}
-    assert set(ours["students"]) == {"kl", "staged", "on_policy"}
+    methods = {"scratch", "sft", "forward_kl", "reverse_kl", "jsd", "topk", "sampled", "staged", "on_policy"}
+    assert set(ours["students"]) == methods
     budgets = {sum(stage["max_tokens"] for stage in student["stages"]) for student in ours["students"].values()}
     assert len(budgets) == 1
+
+
+def test_the_offline_students_use_again_what_the_quickstart_made() -> None:
+    offline, quickstart = (
+        versions(yaml.safe_load(QUICKSTART.with_name(f"{name}.yaml").read_text())) for name in ("offline", "quickstart")
+    )
+    shared = set(offline) & set(quickstart) - {"comparison"}
+    assert {"student_checkpoint/kl", "filtered_set/smollm2/verified", "teacher_outputs/smollm2"} <= shared
+    assert {name: offline[name] for name in shared} == {name: quickstart[name] for name in shared}
+
+
+def test_signals_are_made_once_for_a_set_and_only_where_a_student_asks() -> None:
+    document = yaml.safe_load(QUICKSTART.with_name("offline.yaml").read_text())
+    nodes = experiment_nodes(parse_experiment(document))
+    name = "teacher_signals/smollm2/verified"
+    assert [node for node in nodes if node.startswith("teacher_signals/")] == [name]
+    assert nodes[name].inputs == ("filtered_set/smollm2/verified",)
+    assert nodes[name].command == "distill signals EXPERIMENT smollm2/verified"
+    assert nodes["student_checkpoint/kl"].inputs == ("filtered_set/smollm2/verified",)
+    assert nodes["student_checkpoint/topk"].inputs == ("filtered_set/smollm2/verified", name)
+    assert list(nodes).index(name) < list(nodes).index("student_checkpoint/topk")
+    before = versions(document)
+    document["signals"]["k"] = 8
+    assert {name for name, version in versions(document).items() if before[name] != version} == {name}
+    for student in ("topk", "sampled"):
+        del document["students"][student]
+    assert not [node for node in versions(document) if node.startswith("teacher_signals/")]
+
+
+def test_settings_of_signals_that_nobody_reads_change_nothing() -> None:
+    assert changed(["signals"], {"k": 8, "temperatures": [2.0]}) == set()
 
 
 def test_a_preset_and_the_same_rules_written_out_are_one_filter() -> None:

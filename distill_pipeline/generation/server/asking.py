@@ -13,6 +13,7 @@ from distill_pipeline.generation.protocol import Asked, Completion, failed_compl
 from distill_pipeline.generation.served import ServedModel
 from distill_pipeline.generation.server.replies import Choice, Reply, shared_tokens
 from distill_pipeline.generation.spec import SamplingSpec
+from distill_pipeline.system_prompts import with_system
 
 BYTES_A_TOKEN = 4
 """Where neither the server nor a tokenizer counts; the manifest then says ``estimated``."""
@@ -57,9 +58,7 @@ class ServedRequests:
 
     def body(self, ask: Ask) -> bytes:
         """The request as JSON. Its seed follows from the first key: equal requests draw alike, where the server can."""
-        messages = [{"role": message["role"], "content": message["content"]} for message in ask.asked.messages]
-        if self._system is not None and (not messages or messages[0]["role"] != "system"):
-            messages.insert(0, {"role": "system", "content": self._system})
+        messages = with_system(ask.asked.messages, self._system)
         keys = ask.asked.keys
         seed = int.from_bytes(sha256(keys[0].encode()).digest()[:4], "big") >> 1
         document = self._fixed | {"messages": messages, "seed": seed} | ({"n": len(keys)} if len(keys) > 1 else {})

@@ -77,10 +77,20 @@ def test_answers_and_verdicts_of_a_served_model_cost_what_the_manifest_says(
     assert b"sk-secret-2" not in stored
 
 
-def test_a_licence_that_is_refused_stops_before_any_request(open_served: Callable[..., Pipeline], server: Any) -> None:
-    pipeline = open_served(license="openai")
+@pytest.mark.parametrize(
+    ("license_key", "said"),
+    [
+        ("openai", "licence openai forbids training on its outputs"),
+        (None, "no licence is known"),
+        ("own", "licence 'own' is not"),
+    ],
+)
+def test_a_licence_that_is_refused_stops_before_any_request(
+    open_served: Callable[..., Pipeline], server: Any, license_key: str | None, said: str
+) -> None:
+    pipeline = open_served(license=license_key)
     pipeline.make("prompt_pool")
-    with pytest.raises(LicenseError, match=r"teacher big: licence openai forbids training on its outputs"):
+    with pytest.raises(LicenseError, match=f"teacher big: {said}"):
         pipeline.make("teacher_outputs/big")
     assert sum(server.requests.values()) == 0
 

@@ -52,6 +52,8 @@ def test_what_a_stage_reads_is_in_its_document() -> None:
         (POLICY_GRADIENT | {"lambda_": 0.5}, r"needs tokens that the student drew: set lambda_: 1 \(it is 0\.5\)"),
         (POLICY_GRADIENT | {"rollouts": {"top_k": 50}}, r"leave out rollouts\.top_k and rollouts\.top_p"),
         (POLICY_GRADIENT | {"rollouts": {"temperature": 0.7}}, r"set rollouts\.temperature to kd_temperature \(1\.0\)"),
+        ({"method": "on_policy", "divergence": "uld"}, "it is for method logit_kd"),
+        ({"method": "logit_kd", "divergence": "uld", "signal": "topk"}, "signal topk is for .* with divergence forward_kl"),
         ({"method": "on_policy", "rollouts": {"temperature": 0}}, "4 samples would be equal; set samples: 1"),
     ],
 )
