@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 SAMPLE_ROWS = 8
 MAX_REASON_SAMPLES = 60
+MAX_DOMAIN_ROWS = 24
 CELL_CHARS = 300
 FACT_CHARS = 20_000
 """Metadata lies in every event of Dagster's history: a fact of more characters as JSON is not copied there."""
@@ -63,9 +64,14 @@ def prompt_pool_metadata(artifact: "Artifact") -> Metadata:
 
 
 def teacher_outputs_metadata(artifact: "Artifact") -> Metadata:
-    """Who answered, under which terms, how much, and a few answers."""
+    """Who answered, under which terms, how much, tokens and dollars of the largest domains, and a few answers."""
     columns = ["finish_reason", "completion_tokens", "answer"]
-    return {"sample_completions": sample_table(artifact.rows(columns)), **facts_metadata(artifact)}
+    domains = artifact.manifest.facts.get("domains") or {}
+    largest = sorted(domains.items(), key=lambda item: (-item[1]["completions"], item[0]))
+    return {
+        "tokens_by_domain": sample_table(({"domain": name, **found} for name, found in largest), MAX_DOMAIN_ROWS),
+        "sample_completions": sample_table(artifact.rows(columns)), **facts_metadata(artifact),
+    }  # fmt: skip
 
 
 def scored_outputs_metadata(artifact: "Artifact") -> Metadata:

@@ -16,7 +16,11 @@ from resources.teacher_gpu import TeacherGpuResource
 def teacher_outputs_asset(experiment: Experiment, node: Node) -> dg.AssetsDefinition:
     """The asset of one teacher's outputs."""
     teacher = experiment.teachers[node.teacher]
-    said = f"{teacher.sampling.n} completions a prompt by {teacher.model} ({teacher.license or 'licence not given'})."
+    target, n = teacher.accept_target, teacher.sampling.n
+    number = (
+        f"{n} completions" if target is None else f"Up to {target.at_most} completions, until {target.accepted} are accepted,"
+    )
+    said = f"{number} a prompt by {teacher.model} ({teacher.license or 'licence not given'})."
 
     @dg.asset(
         **asset_options(node), check_specs=check_specs(node), description=said,

@@ -146,17 +146,20 @@ def compare(**options: Any) -> None:
 @main.command()
 @_shared_options
 @click.option("--no-probe", is_flag=True, help="count only; do not run the models for a few seconds to estimate time")
-def plan(no_probe: bool, **options: Any) -> None:
-    """Say what EXPERIMENT will need before it runs: rows, tokens, bytes, time on this machine.
+@click.option("--dry-run-served", is_flag=True, help="ask served models too: costs money, within budget; answers are stored")
+def plan(no_probe: bool, dry_run_served: bool, **options: Any) -> None:
+    """Say what EXPERIMENT will need before it runs: rows, tokens, bytes, time on this machine, dollars, and what it will yield.
 
-    A short probe runs the teacher on a few prompts and one training step of each student, and stores nothing.
+    A dry run sends 20 evenly spaced prompts through each teacher, the scorers and the filters, and takes one training step of
+    each student. Teachers here store nothing on the way; those behind a server are asked with --dry-run-served only.
     """
     from distill_pipeline.pipeline import open_pipeline
-    from distill_pipeline.planning import plan_experiment, plan_text
+    from distill_pipeline.plan_lines import plan_text
+    from distill_pipeline.planning import plan_experiment
 
     experiment, root = options.pop("experiment"), options.pop("root")
     pipeline = open_pipeline(experiment, root, progress=lambda line: click.echo(line, err=True), **options)
-    click.echo(plan_text(plan_experiment(pipeline, probe=not no_probe)))
+    click.echo(plan_text(plan_experiment(pipeline, probe=not no_probe, dry_run_served=dry_run_served)))
 
 
 @main.command()

@@ -99,13 +99,23 @@ class Experiment(Spec):
         return {task: prompts.of(domains.get(task, ANY_DOMAIN)) for task in self.evaluation.tasks}
 
     def require_domains(self, found: Iterable[str]) -> None:
-        """Check the domains that have settings of their own, as soon as those of the prompts are known: rows may name theirs.
+        """Check what depends on the prompts' domains, as soon as these are known: rows may name their own.
 
         Args:
             found: domains of the pool's prompts; those that the sources themselves name count too.
         Raises:
-            ConfigError: no prompt is in a domain that a filter or a teacher has settings for; the message lists all of them.
+            ConfigError: no prompt is in a domain that a filter or a teacher has settings for, or a teacher with
+                ``accept_target`` answers one without scorers; the message lists all of them.
         """
+        found = set(found)
+        unscored = [
+            f"teachers.{name}.budget.accept_target: {domain_without_scorers(domain)}"
+            for name, teacher in self.teachers.items()
+            for domain in sorted(found)
+            if teacher.accept_target is not None and teacher.answers(domain) and not self.scorers_of(domain)
+        ]
+        if unscored:
+            raise ConfigError("; ".join(unscored))
         known = {ANY_DOMAIN, *found, *(source.domain for source in self.prompt_pool.sources)}
         parts: dict[str, Iterable[str]] = {f"filters.{name}.domains": rule.domains for name, rule in self.filters.items()}
         parts |= {f"teachers.{name}.systems": teacher.systems for name, teacher in self.teachers.items()}
@@ -118,6 +128,11 @@ class Experiment(Spec):
         if faults:
             there = ", ".join(sorted(known - {ANY_DOMAIN}))
             raise ConfigError(f"{'; '.join(faults)}. The prompts are in: {there}. Mend the name, or take it out.")
+
+
+def domain_without_scorers(domain: str) -> str:
+    """Why a teacher that is to sample until answers are accepted cannot answer a domain, and what to do."""
+    return f"nothing scores the domain {domain}, so no answer in it is ever accepted; add scorers.{domain}"
 
 
 def load_experiment(path: str | Path) -> Experiment:
@@ -234,6 +249,19 @@ def _cross_faults(document: Mapping[str, Any]) -> Iterator[str]:
         n, temperature = sampling.get("n", 4), sampling.get("temperature", 0.7)
         if temperature == 0 and isinstance(n, int) and n > 1:
             yield f"teachers.{teacher}.sampling: temperature 0 is greedy, {n} samples would be equal; set n: 1"
+        if _mapping(_mapping(part).get("budget")).get("accept_target"):
+            yield from _target_faults(f"teachers.{teacher}.budget.accept_target", _mapping(part), document)
+
+
+def _target_faults(where: str, teacher: Mapping[str, Any], document: Mapping[str, Any]) -> Iterator[str]:
+    """Domains that a teacher is to sample for until answers are accepted, though nothing scores them."""
+    scorers = _mapping(document.get("scorers"))
+    domains = teacher.get("domains", [ANY_DOMAIN])
+    for domain in domains if isinstance(domains, list) else []:
+        if domain == ANY_DOMAIN and not any(scorers.values()):
+            yield f"{where}: it counts answers that scorers accept, and the experiment has no scorers"
+        elif domain != ANY_DOMAIN and isinstance(domain, str) and not scorers.get(domain, scorers.get(ANY_DOMAIN)):
+            yield f"{where}: {domain_without_scorers(domain)}"
 
 
 def _api_faults(document: Mapping[str, Any]) -> Iterator[str]:

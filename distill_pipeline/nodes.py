@@ -73,9 +73,11 @@ def experiment_nodes(experiment: Experiment) -> dict[str, Node]:
     for teacher, part in experiment.teachers.items():
         outputs, scored = f"teacher_outputs/{teacher}", f"scored_outputs/{teacher}"
         answering = {key: value for key, value in part.document().items() if key != "weights"}
-        spec = {"teacher": answering, "seed": experiment.seed}
-        add(outputs, "teacher_outputs", generation_spec.ALGORITHM, spec, ("prompt_pool",), teacher=teacher)
         scorers = {domain: [scorer.document() for scorer in listed] for domain, listed in experiment.scorers.items()}
+        spec = {"teacher": answering, "seed": experiment.seed}
+        if part.accept_target is not None:  # A budget decides nothing, but this part of it says which rows there are.
+            spec |= {"accept_target": part.accept_target.document(), "scorers": scorers}
+        add(outputs, "teacher_outputs", generation_spec.ALGORITHM, spec, ("prompt_pool",), teacher=teacher)
         spec = {"scorers": scorers}
         add(scored, "scored_outputs", scoring_spec.ALGORITHM, spec, ("prompt_pool", outputs), teacher=teacher)
         for name, rule in experiment.filters.items():

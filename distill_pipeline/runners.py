@@ -19,7 +19,9 @@ from distill_pipeline.storage.artifacts import Artifact
 from distill_pipeline.work import Work, evaluation_documents_of, protected_documents, protected_index
 
 if TYPE_CHECKING:
+    from distill_pipeline.generation.accepting import CountAccepted
     from distill_pipeline.models.resolve import ModelFolder
+    from distill_pipeline.scoring.rows import ScoringContext
     from distill_pipeline.signals.table import SignalSource
 
 UNHASHED_FILES = frozenset(
@@ -60,7 +62,8 @@ def _teacher_externals(work: Work) -> dict[str, str]:
 def _outputs_externals(work: Work) -> dict[str, str]:
     work.teacher_terms(work.teacher_name)
     teacher = work.experiment.teachers[work.teacher_name]
-    return {f"model:{teacher.model}": work.answering_model(work.teacher_name).identity}
+    found = {f"model:{teacher.model}": work.answering_model(work.teacher_name).identity}
+    return found if teacher.accept_target is None else _scorer_externals(work) | found
 
 
 def _student_externals(work: Work) -> dict[str, str]:
@@ -117,6 +120,7 @@ def _run_teacher_outputs(work: Work, out_dir: Path, input_key: str) -> Outcome:
         work.input("prompt_pool").batches(), out_dir, teacher_name=name, teacher=work.experiment.teachers[name],
         model=work.answering_model(name), generations_dir=work.store.local_folder("generations"), device=work.teacher_device,
         seed=work.experiment.seed, progress=work.progress, compute=work.experiment.compute,
+        count_accepted=_count_accepted(work),
     )  # fmt: skip
     return Outcome(outcome.counts, _told_of_outputs(work, out_dir, outcome.counts, outcome.facts), outcome.failed_gate)
 
@@ -130,17 +134,34 @@ def _told_of_outputs(work: Work, out_dir: Path, counts: Mapping[str, int], facts
     return {**facts, "teacher": identity | work.teacher_terms(name) | how}
 
 
-def _run_scored_outputs(work: Work, out_dir: Path, input_key: str) -> Outcome:
+def _count_accepted(work: Work) -> "CountAccepted | None":
+    """Who says which answers are accepted, where that decides how many samples a prompt is asked for."""
+    if work.experiment.teachers[work.teacher_name].accept_target is None:
+        return None
+    from distill_pipeline.acceptance import accepted_by_scores
+
+    return accepted_by_scores(work.experiment.scorers, scoring_context(work), work.experiment.compute)
+
+
+def scoring_context(work: Work, kept_dir: Path | None = None) -> "ScoringContext":
+    """What the experiment's scorers need; scores and answers are kept in the store, or in another folder."""
     from distill_pipeline.scoring.rows import ScoringContext
+
+    scores, generations = (
+        work.store.local_folder(name) if kept_dir is None else kept_dir / name for name in ("scores", "generations")
+    )
+    return ScoringContext(
+        models=work.scoring_models(), device=work.teacher_device, scores_dir=scores, generations_dir=generations,
+        progress=work.progress,
+    )  # fmt: skip
+
+
+def _run_scored_outputs(work: Work, out_dir: Path, input_key: str) -> Outcome:
     from distill_pipeline.scoring.stage import score_outputs
 
-    context = ScoringContext(
-        models=work.scoring_models(), device=work.teacher_device, scores_dir=work.store.local_folder("scores"),
-        generations_dir=work.store.local_folder("generations"), progress=work.progress,
-    )  # fmt: skip
     return score_outputs(
         work.input("prompt_pool").batches(), work.input("teacher_outputs").batches(), out_dir,
-        scorers=work.experiment.scorers, context=context, compute=work.experiment.compute,
+        scorers=work.experiment.scorers, context=scoring_context(work), compute=work.experiment.compute,
     )  # fmt: skip
 
 
@@ -150,13 +171,13 @@ def _run_filtered_set(work: Work, out_dir: Path, input_key: str) -> Outcome:
     from distill_pipeline.filtering.stage import filter_outputs
 
     assert work.node.filter is not None
-    rule = work.experiment.filters[work.node.filter]
+    rule, teacher = work.experiment.filters[work.node.filter], work.experiment.teachers[work.teacher_name]
     outcome = filter_outputs(
         work.input("prompt_pool").batches(), work.input("teacher_outputs").batches(rows=CHUNK_ROWS),
         work.input("scored_outputs").batches(), out_dir, rule=rule, filter_name=work.node.name,
         protected=protected_index(work.experiment) if rule.drops("contaminated") else None, progress=work.progress,
         counters={reference: ModelTokenCounter(work.model(reference).path) for reference in rule.tokenizers()},
-        compute=work.experiment.compute,
+        first_samples=None if teacher.accept_target is None else teacher.sampling.n, compute=work.experiment.compute,
     )  # fmt: skip
     return Outcome(outcome.counts, _told_of_set(work, out_dir, outcome.counts, outcome.facts), outcome.failed_gate)
 

@@ -51,16 +51,18 @@ class ChunkFilter:
         filter_name: for messages.
         protected: what completions must not contain; used where the rule drops ``contaminated``.
         counters: a counter of tokens for each of ``rule.tokenizers()``.
+        first_samples: pass rates are of so many first samples of a prompt; None for all.
     """
 
     rule: FilterSpec
     filter_name: str
     protected: ContaminationIndex | None = None
     counters: TokenCounters = field(default_factory=dict)
+    first_samples: int | None = None
 
     def __call__(self, chunk: AlignedChunk) -> ChunkVerdicts:
         """Judge the completions of whole prompts."""
-        ledger = Ledger(self.filter_name, self.rule)
+        ledger = Ledger(self.filter_name, self.rule, first_samples=self.first_samples)
         columns = {name: chunk.completions.column(name).to_pylist() for name in _READ_COLUMNS}
         rows = [dict(zip(_READ_COLUMNS, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         looks = screen(columns["reasoning"], columns["answer"], chunk.starts, rule=self.rule, protected=self.protected)

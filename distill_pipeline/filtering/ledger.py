@@ -2,7 +2,9 @@
 
 Pass rates: a completion counts when all its scores are known; it is correct when none is below ``min_score`` (1.0 where the
 filter sets none). ``pass@k`` is the unbiased estimate 1 - C(n-c, k) / C(n, k) of Chen et al. 2021 (arXiv:2107.03374), averaged
-over prompts with n >= k. With few samples c and n say more than their ratio, so both are stored.
+over prompts with n >= k. With few samples c and n say more than their ratio, so both are stored. Where a teacher was asked
+until enough was accepted, hard prompts have more samples and the last ones are likelier to be correct: then only the first
+samples count, for which every prompt was asked (``first_samples``).
 
 The funnel: of a domain's ``prompts`` and their ``completions`` those that ``finished`` (neither failed nor cut), of these the
 ``scored`` ones (every score known), and those ``accepted``. A filter that asks for no score may accept more than were scored.
@@ -45,8 +47,8 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 class Ledger:
     """Counts what is decided, prompt by prompt; ledgers of parts are merged in the order of the prompts."""
 
-    def __init__(self, filter_name: str, rule: FilterSpec) -> None:
-        self._name, self._rule = filter_name, rule
+    def __init__(self, filter_name: str, rule: FilterSpec, *, first_samples: int | None = None) -> None:
+        self._name, self._rule, self._first_samples = filter_name, rule, first_samples
         self._first: Counter[str] = Counter()
         self._all: Counter[str] = Counter()
         self._domains: dict[str, Counter[str]] = {}
@@ -82,12 +84,13 @@ class Ledger:
             if not verdict.has_failed and verdict.is_known:
                 worst = min(verdict.known_scores)
                 self._best_score = worst if self._best_score is None else max(self._best_score, worst)
-        num_correct, num_known = correct_of_known(verdicts, self._rule.of(domain))
+        rule, most = self._rule.of(domain), self._first_samples
         self._num_accepted += num_accepted
         tally["accepted"] += num_accepted
         self._accepted_per_prompt[num_accepted] += 1
-        self._correct_of[num_correct, num_known] += 1
-        return num_correct, num_known
+        first = verdicts if most is None else [verdict for verdict in verdicts if verdict.row["sample_index"] < most]
+        self._correct_of[correct_of_known(first, rule)] += 1
+        return correct_of_known(verdicts, rule)
 
     def merge(self, later: "Ledger") -> None:
         """Add what another ledger of the same filter counted of the prompts after these."""

@@ -51,6 +51,7 @@ def filter_outputs(
     protected: ContaminationIndex | None,
     progress: Progress,
     counters: TokenCounters = MappingProxyType({}),
+    first_samples: int | None = None,
     compute: ComputeSpec = _ALONE,
 ) -> Outcome:
     """Judge every completion and write the verdicts and the training set into ``out_dir``.
@@ -61,6 +62,8 @@ def filter_outputs(
         filter_name: for messages.
         protected: what completions must not contain; used when the rule drops ``contaminated``.
         counters: a counter of tokens for each of ``rule.tokenizers()``.
+        first_samples: pass rates are of so many first samples of a prompt, where the number of all of them depends on their
+            scores; None for all.
         compute: who judges; the files are the same whoever does. In this process by default.
     Returns:
         Counts ``completions == accepted + failed + rejected``, ``rejected == sum of rejected_<reason>`` by first reason.
@@ -70,9 +73,9 @@ def filter_outputs(
         ComputeError: a worker was lost.
         MissingExtraError: the package of a rule, or Ray where it is to work, is not installed.
     """
-    ledger = Ledger(filter_name, rule)
+    ledger = Ledger(filter_name, rule, first_samples=first_samples)
     last_news = time.monotonic()
-    prepare = partial(ChunkFilter, rule, filter_name, protected, dict(counters))
+    prepare = partial(ChunkFilter, rule, filter_name, protected, dict(counters), first_samples)
     chunks = aligned_chunks(
         (batch.select(_PROMPT_COLUMNS) for batch in prompt_batches),
         (batch.select(COMPLETION_SCHEMA.names) for batch in completion_batches),

@@ -114,3 +114,8 @@ class Families:
         """Write all waiting rows; after this call a crash cannot lose them."""
         for store in self._stores.values():
             store.flush()
+
+    def compact(self) -> None:
+        """Merge small parts where there are many."""
+        for store in self._stores.values():
+            store.compact()

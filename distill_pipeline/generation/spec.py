@@ -66,6 +66,28 @@ class VllmSpec(Spec):
     enforce_eager: bool = Field(False, description="compile nothing: starts sooner, answers more slowly")
 
 
+class AcceptTargetSpec(Spec):
+    """How many accepted completions of a prompt are enough: one without so many is asked for ``sampling.n`` more, in rounds.
+
+    A completion is accepted that ended by itself and whose every score, of the scorers of its domain, is known and high enough.
+    """
+
+    accepted: int = Field(ge=1, description="accepted completions after which a prompt is not asked again")
+    at_most: int = Field(ge=1, le=4096, description="completions after which it is not asked again either")
+    min_score: float = Field(1.0, ge=0.0, le=1.0, description="every score at least this, as min_score of a filter")
+
+    @model_validator(mode="after")
+    def _can_be_reached(self) -> "AcceptTargetSpec":
+        if self.accepted > self.at_most:
+            raise ValueError(f"accepted {self.accepted} is more than at_most {self.at_most}: no prompt could reach it")
+        return self
+
+
+def _is_unset(value: Any) -> bool:
+    """Fields that came after the first version stay out of versions while nobody sets them."""
+    return not value
+
+
 class BudgetSpec(Spec):
     """What a teacher's answers under its present settings may cost, over all runs. Tokens are those it reports."""
 
@@ -73,10 +95,18 @@ class BudgetSpec(Spec):
     max_tokens: int | None = Field(None, ge=1, description="prompt and completion tokens")
     usd_per_million_prompt_tokens: float = Field(0.0, ge=0.0)
     usd_per_million_completion_tokens: float = Field(0.0, ge=0.0)
+    accept_target: AcceptTargetSpec | None = Field(
+        None, exclude_if=_is_unset, description="sample until a prompt has enough accepted completions, instead of n"
+    )
+
+    @property
+    def has_prices(self) -> bool:
+        """Whether tokens have a price."""
+        return self.usd_per_million_prompt_tokens + self.usd_per_million_completion_tokens > 0
 
     @model_validator(mode="after")
     def _has_prices(self) -> "BudgetSpec":
-        if self.max_usd is not None and not self.usd_per_million_prompt_tokens + self.usd_per_million_completion_tokens:
+        if self.max_usd is not None and not self.has_prices:
             raise ValueError("max_usd needs usd_per_million_prompt_tokens and usd_per_million_completion_tokens")
         return self
 
@@ -85,11 +115,6 @@ _OWN_FIELDS: Mapping[str, tuple[str, ...]] = {
     "openai": ("server", "extra_body", "logprobs", "tokenizer", "weights"), "vllm": ("max_model_len", "vllm"),
 }  # fmt: skip
 """Fields of a teacher that only one engine reads."""
-
-
-def _is_unset(value: Any) -> bool:
-    """Fields that came after the first version stay out of versions while nobody sets them."""
-    return not value
 
 
 def _preset_text(value: Any) -> Any:
@@ -156,6 +181,16 @@ class TeacherSpec(Spec):
     budget: BudgetSpec | None = Field(None, exclude_if=_is_unset)
 
     @property
+    def accept_target(self) -> AcceptTargetSpec | None:
+        """What ends the asking, where it is not ``sampling.n``."""
+        return None if self.budget is None else self.budget.accept_target
+
+    @property
+    def most_samples(self) -> int:
+        """The most completions of a prompt."""
+        return self.sampling.n if self.accept_target is None else self.accept_target.at_most
+
+    @property
     def system_prompts(self) -> SystemPrompts:
         """What the model is told in each domain."""
         if not self.chain_of_thought:
@@ -184,6 +219,15 @@ class TeacherSpec(Spec):
         if isinstance(sampling, SamplingSpec):
             sampling = sampling.model_dump(exclude_unset=True)
         return {**data, "sampling": {"top_k": None, **sampling} if isinstance(sampling, Mapping) else sampling}
+
+    @model_validator(mode="after")
+    def _rounds_fit_the_target(self) -> "TeacherSpec":
+        target, n = self.accept_target, self.sampling.n
+        if target is not None and n > target.at_most:
+            raise ValueError(f"sampling.n {n}, a round, is more than budget.accept_target.at_most {target.at_most}")
+        if target is not None and target.at_most > 1 and self.sampling.temperature == 0:
+            raise ValueError("temperature 0 is greedy, so a prompt's samples would be equal and accept_target is never nearer")
+        return self
 
     @model_validator(mode="after")
     def _fields_fit_the_engine(self) -> "TeacherSpec":

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,7 +14,15 @@ from distill_pipeline.records import MESSAGE
 WINDOW_PROMPTS = 4096
 """Prompts that are planned and written together: bounds memory, and sorting within them already fills batches evenly."""
 
-_SPOOLED = pa.schema([("prompt_id", pa.string()), ("messages", pa.list_(MESSAGE)), ("domain", pa.string())])
+SPOOLED_SCHEMA = pa.schema(
+    [
+        ("prompt_id", pa.string()), ("messages", pa.list_(MESSAGE)), ("reference", pa.string()), ("domain", pa.string()),
+        ("metadata", pa.string()),
+    ]
+)  # fmt: skip
+"""Of a prompt what answering it, counting it and scoring its answers takes."""
+
+Prompt = dict[str, Any]
 
 
 @contextmanager
@@ -25,27 +34,27 @@ def spooled(
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".spool-", dir=folder) as temporary:
         path = Path(temporary, "prompts.arrow")
-        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, _SPOOLED) as writer:
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, SPOOLED_SCHEMA) as writer:
             for batch in batches:
-                rows = batch.select(["prompt_id", "messages", "split", "domain"]).to_pylist()
+                rows = batch.select([*SPOOLED_SCHEMA.names, "split"]).to_pylist()
                 train = [row for row in rows if row["split"] == "train"]
                 domains.update(row["domain"] for row in train)
                 chosen = [row for row in train if "*" in answered_domains or row["domain"] in answered_domains]
                 num_prompts += len(chosen)
                 if chosen:
-                    writer.write_batch(pa.RecordBatch.from_pylist(chosen, schema=_SPOOLED))
+                    writer.write_batch(pa.RecordBatch.from_pylist(chosen, schema=SPOOLED_SCHEMA))
         yield path, num_prompts, domains
 
 
-def windows(spool: Path) -> Iterator[list[dict[str, Any]]]:
-    """The spooled prompts in order, WINDOW_PROMPTS at a time however they were batched."""
-    window: list[dict[str, Any]] = []
+def prompts_in(spool: Path) -> Iterator[Prompt]:
+    """The spooled prompts in order."""
     with pa.OSFile(str(spool), "rb") as file:
         for batch in pa.ipc.open_stream(file):
-            for row in batch.to_pylist():
-                window.append(row)
-                if len(window) == WINDOW_PROMPTS:
-                    yield window
-                    window = []
-    if window:
+            yield from batch.to_pylist()
+
+
+def windows(prompts: Iterable[Prompt]) -> Iterator[list[Prompt]]:
+    """Prompts in order, WINDOW_PROMPTS at a time."""
+    waiting = iter(prompts)
+    while window := list(islice(waiting, WINDOW_PROMPTS)):
         yield window

@@ -6,7 +6,7 @@ a run that was killed asks for the rest and ends with the same rows.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from distill_pipeline.compute.spec import ComputeSpec
 from distill_pipeline.errors import EmptyResultError
+from distill_pipeline.generation.accepting import AcceptRounds, CountAccepted
 from distill_pipeline.generation.answering import AnsweringRun
 from distill_pipeline.generation.budget import Spending
 from distill_pipeline.generation.families import Families
@@ -21,7 +22,7 @@ from distill_pipeline.generation.opening import HERE, TeacherModel, open_engine
 from distill_pipeline.generation.protocol import Engine
 from distill_pipeline.generation.served import ServedModel
 from distill_pipeline.generation.spec import TeacherSpec
-from distill_pipeline.generation.spool import spooled, windows
+from distill_pipeline.generation.spool import prompts_in, spooled, windows
 from distill_pipeline.generation.store import GenerationStore
 from distill_pipeline.outcome import Outcome, Progress
 from distill_pipeline.reasoning import opening_of
@@ -40,10 +41,15 @@ def generate_outputs(
     seed: int,
     progress: Progress,
     compute: ComputeSpec = HERE,
+    count_accepted: CountAccepted | None = None,
+    is_trial: bool = False,
     flush_rows: int = 2048,
     flush_seconds: float = 30.0,
 ) -> Outcome:
     """Write ``part-*.parquet`` (COMPLETION_SCHEMA) with n rows a training prompt, in the pool's order, then by sample.
+
+    With ``accept_target`` a prompt has as many rows as it took to have enough accepted ones, see
+    :mod:`distill_pipeline.generation.accepting`.
 
     Args:
         prompt_batches: the prompt pool; only training prompts of the teacher's domains are answered.
@@ -51,10 +57,12 @@ def generate_outputs(
         generations_dir: where the answers of all runs are kept; the next run takes from there.
         device: a torch device or ``auto``.
         compute: with ``engine: ray`` a model that runs here runs on the cluster instead; the rows are the same.
+        count_accepted: says what is accepted; needed where the budget has an ``accept_target``.
+        is_trial: the next run still says which settings differ from those of the run before this one.
         flush_rows, flush_seconds: how much a crash can lose; batches in flight come on top.
     Returns:
         counts with ``expected == stopped + truncated + failed``, of which ``reused`` cost nothing; facts say the family, what
-        differs from this teacher's last run, tokens, speed and cost.
+        differs from this teacher's last run, tokens, speed and cost, these by domain too, and what an ``accept_target`` saved.
     Raises:
         ComputeError: a machine of the cluster was lost again and again, or does not fit; what was answered is stored.
         BudgetError: the teacher's budget does not hold what is missing; what it did hold is stored.
@@ -72,17 +80,25 @@ def generate_outputs(
                 f"teacher {teacher_name} answers the domains {', '.join(teacher.domains)}, and no training prompt is in them; "
                 f"the pool's training prompts are in: {', '.join(sorted(domains)) or 'none'}."
             )
+        target, changed = teacher.accept_target, _changed_settings(generations_dir, teacher_name, store.settings)
         run = AnsweringRun(
             teacher_name, teacher.sampling.n, store, engine, Spending(teacher.budget, before=store.paid),
-            num_prompts * teacher.sampling.n, progress, _opening_tag(model, teacher),
+            num_prompts * teacher.sampling.n if target is None else 0, progress, _opening_tag(model, teacher),
         )  # fmt: skip
-        run.missing = sum(len(asked.keys) for window in windows(spool) for asked in run.missing_of(window))
-        changed = _changed_settings(generations_dir, teacher_name, store.settings)
-        _announce(run, changed)
-        run.answer(windows(spool), out_dir)
+        facts: dict[str, Any] = {"settings_changed": changed}
+        if target is None:
+            run.missing = sum(len(asked.keys) for window in windows(prompts_in(spool)) for asked in run.missing_of(window))
+            _announce(run, changed)
+            run.answer(windows(prompts_in(spool)), out_dir)
+        else:
+            assert count_accepted is not None, "accept_target needs somebody who says what is accepted"
+            rounds = AcceptRounds(run, spool, num_prompts, target, count_accepted)
+            rounds.answer(out_dir, lambda: _announce(run, changed))
+            facts["accept_target"] = rounds.facts()
     counts = run.final_counts(num_prompts)
-    write_whole(_last_settings_file(generations_dir, teacher_name), json.dumps(store.settings))
-    return Outcome(counts, run.facts() | store.facts() | {"settings_changed": changed})
+    if not is_trial:
+        write_whole(_last_settings_file(generations_dir, teacher_name), json.dumps(store.settings))
+    return Outcome(counts, run.facts() | store.facts() | facts)
 
 
 def missing_requests(
@@ -93,12 +109,24 @@ def missing_requests(
     generations_dir: Path,
     device: str,
     seed: int,
+    compute: ComputeSpec = HERE,
 ) -> int:
-    """How many requests :func:`generate_outputs` would send for these prompts (``prompt_id``, ``domain``); writes nothing."""
-    engine = open_engine("", teacher, model, device=device, seed=seed)
-    store = _families(teacher, model, engine, generations_dir, device=device, seed=seed)
-    keys = [key for prompt in prompts for key in store.keys_of(prompt, range(teacher.sampling.n))]
+    """How many completions of these prompts (``prompt_id``, ``domain``) :func:`generate_outputs` would ask for, with
+    ``accept_target`` at most; writes nothing."""
+    engine = open_engine("", teacher, model, device=device, seed=seed, compute=compute)
+    store = _families(teacher, model, engine, generations_dir, device=device, seed=seed, compute=compute)
+    keys = [key for prompt in prompts for key in store.keys_of(prompt, range(teacher.most_samples))]
     return len(keys) - int(store.has(keys).sum())
+
+
+def settings_changes(
+    teacher_name: str, *, teacher: TeacherSpec, model: TeacherModel, generations_dir: Path, device: str, seed: int,
+    compute: ComputeSpec = HERE,
+) -> str:  # fmt: skip
+    """Settings that differ from this teacher's last finished run here (``temperature 0.8 -> 0.5``); empty where none do."""
+    engine = open_engine("", teacher, model, device=device, seed=seed, compute=compute)
+    store = _families(teacher, model, engine, generations_dir, device=device, seed=seed, compute=compute)
+    return _changes_text(_changed_settings(generations_dir, teacher_name, store.settings))
 
 
 def _families(
@@ -145,14 +173,17 @@ def _changed_settings(generations_dir: Path, teacher_name: str, settings: dict[s
 
 def _announce(run: AnsweringRun, changed: dict[str, list[Any]]) -> None:
     if changed:
-        listed = ", ".join(f"{name} {_brief(old)} -> {_brief(new)}" for name, (old, new) in changed.items())
         run.progress(
-            f"{run.teacher_name}: other settings than in its last run ({listed}), so its earlier answers do not serve; "
-            f"{run.missing:,} of {run.expected:,} completions are made anew"
+            f"{run.teacher_name}: other settings than in its last run ({_changes_text(changed)}), so its earlier answers do "
+            f"not serve; {run.missing:,} of {run.expected:,} completions are made anew"
         )
     else:
         stored = run.expected - run.missing
         run.progress(f"{run.teacher_name}: {stored:,} of {run.expected:,} completions are stored, {run.missing:,} to make")
+
+
+def _changes_text(changed: Mapping[str, Sequence[Any]]) -> str:
+    return ", ".join(f"{name} {_brief(old)} -> {_brief(new)}" for name, (old, new) in changed.items())
 
 
 def _brief(value: Any) -> str:

@@ -1,9 +1,10 @@
 """The generation store: every answer a teacher ever gave, under its request's key, outliving artifacts and experiments.
 
 Layout: ``<root>/<family>/part-<time>-<random>.parquet`` and ``<root>/<family>/family.json`` with the readable settings. Parts
-are never changed and appear whole, so several runs may write at once and a crash loses only what was not flushed. Of two
-answers to one request the first stays. Failed requests are not kept: the next run asks again. A part's metadata holds what
-was paid since the part before it, failed requests included, so ``paid`` is the cost of a family over all runs.
+are never changed and appear whole, so several runs may write at once and a crash loses only what was not flushed; many small
+ones are merged into few. Of two answers to one request the first stays. Failed requests are not kept: the next run asks again.
+A part's metadata holds what was paid since the part before it, failed requests included, so ``paid`` is the cost of a family
+over all runs.
 
 Decided: an answer that ended by itself serves every ``max_tokens`` that holds it; one that was cut serves only the
 ``max_tokens`` that cut it, unless the model's context did. Gave up: a database; the index of keys is 20 bytes a row in memory.
@@ -18,8 +19,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from distill_pipeline.errors import IntegrityError
 from distill_pipeline.generation.budget import Usage
 from distill_pipeline.generation.protocol import Completion
+from distill_pipeline.storage.compaction import Notes, merge_small_parts, replaced_by
 from distill_pipeline.storage.parts import KeyIndex, PartWriter, part_files, read_part, remove_abandoned
 
 STORED_SCHEMA = pa.schema(
@@ -77,10 +80,8 @@ class GenerationStore:
         schema = pa.unify_schemas([STORED_SCHEMA, TOKEN_COLUMNS]) if self.has_tokens else STORED_SCHEMA
         self._writer = PartWriter(self.folder, schema, about=about, flush_rows=flush_rows, flush_seconds=flush_seconds)
         remove_abandoned(self.folder)
-        self._parts = part_files(self.folder)
-        self._index = KeyIndex()
-        self.paid, self._unsaved = Usage(), Usage()
-        self._take(enumerate(self._parts))
+        self._unsaved = Usage()
+        self._list_parts()
 
     def has(self, keys: Sequence[str]) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """For each key whether a usable answer is on disk."""
@@ -88,19 +89,29 @@ class GenerationStore:
 
     def read(self, keys: Sequence[str]) -> dict[str, dict[str, Any]]:
         """The usable answers to the given keys that are on disk; others are left out."""
-        rows: dict[str, dict[str, Any]] = {}
-        for part, numbers in self._index.rows_by_part(keys).items():
-            table = read_part(self._parts[part], STORED_SCHEMA.names, what=_WHAT).take(pa.array(numbers))
-            rows.update((row["request_key"], row) for row in table.to_pylist())
+        rows = {row["request_key"]: row for table in self._tables(keys, STORED_SCHEMA.names) for row in table.to_pylist()}
         return {key: rows[key] for key in keys if key in rows}
 
     def read_tokens(self, keys: Sequence[str]) -> pa.Table:
         """``request_key`` and TOKEN_COLUMNS of the usable answers to the given keys that have tokens, in some order."""
-        tables = [pa.schema([STORED_SCHEMA.field("request_key"), *TOKEN_COLUMNS]).empty_table()]
-        for part, numbers in self._index.rows_by_part(keys).items():
-            tables.append(read_part(self._parts[part], tables[0].schema.names, what=_WHAT).take(pa.array(numbers)))
-        table = pa.concat_tables([one.cast(tables[0].schema) for one in tables])
+        schema = pa.schema([STORED_SCHEMA.field("request_key"), *TOKEN_COLUMNS])
+        tables = self._tables(keys, schema.names)
+        table = pa.concat_tables([schema.empty_table(), *(one.cast(schema) for one in tables)])
         return table.filter(table["token_ids"].is_valid())
+
+    def _tables(self, keys: Sequence[str], columns: Sequence[str]) -> list[pa.Table]:
+        """Columns of the usable answers to the given keys, a table a part."""
+        try:
+            return self._read(keys, columns)
+        except IntegrityError:
+            if self._are_there(self._parts):
+                raise
+            self._list_parts()
+            return self._read(keys, columns)
+
+    def _read(self, keys: Sequence[str], columns: Sequence[str]) -> list[pa.Table]:
+        by_part = self._index.rows_by_part(keys)
+        return [read_part(self._parts[part], columns, what=_WHAT).take(pa.array(rows)) for part, rows in by_part.items()]
 
     def add(self, completions: Iterable[Completion]) -> None:
         """Take answers for the next flush; failed ones are not kept."""
@@ -128,6 +139,26 @@ class GenerationStore:
         """Write the waiting rows as one part; after this call a crash cannot lose them."""
         self._index_part(self._writer.flush())
 
+    def compact(self) -> None:
+        """Merge small parts where there are many. Other runs may read and write meanwhile."""
+        if merge_small_parts(self.folder, what=_WHAT, merge_notes=_merged_notes):
+            self._list_parts()
+
+    def _list_parts(self) -> None:
+        """Index the parts that are there now."""
+        while True:
+            parts = part_files(self.folder)
+            self._parts, self._index, self.paid = parts, KeyIndex(), Usage()
+            try:
+                return self._take(enumerate(parts))
+            except IntegrityError:
+                if self._are_there(parts) or part_files(self.folder) == parts:
+                    raise  # Otherwise another run has merged them since they were listed.
+
+    @staticmethod
+    def _are_there(parts: Iterable[Path]) -> bool:
+        return all(part.exists() for part in parts)
+
     def _index_part(self, part: Path | None) -> None:
         if part is not None:
             self._unsaved = Usage()
@@ -135,14 +166,18 @@ class GenerationStore:
             self._take([(len(self._parts) - 1, part)])
 
     def _take(self, parts: Iterable[tuple[int, Path]]) -> None:
-        """Add the usable rows of parts to the index."""
-        found = []
+        """Add the usable rows of parts to the index, but for those of parts that others have taken the place of."""
+        found: dict[str, tuple[int, list[str], np.ndarray[Any, Any]]] = {}
+        paid: dict[str, Usage] = {}
+        replaced = set[str]()
         for number, part in parts:
             table = read_part(part, ["request_key", "finish_reason", "completion_tokens", "max_tokens"], what=_WHAT)
-            self.paid += Usage(**json.loads((table.schema.metadata or {}).get(_PAID.encode(), b"{}")))
             usable = self._usable(table).nonzero()[0]
-            found.append((number, table["request_key"].take(pa.array(usable)).to_pylist(), usable))
-        self._index.add(found)
+            found[part.name] = number, table["request_key"].take(pa.array(usable)).to_pylist(), usable
+            paid[part.name] = _paid_in(table.schema.metadata)
+            replaced |= replaced_by(table.schema.metadata)
+        self._index.add([rows for name, rows in found.items() if name not in replaced])
+        self.paid = sum((usage for name, usage in paid.items() if name not in replaced), self.paid)
 
     def _usable(self, table: pa.Table) -> np.ndarray[Any, np.dtype[np.bool_]]:
         tokens, limit = table["completion_tokens"].to_numpy(), table["max_tokens"].to_numpy()
@@ -157,3 +192,11 @@ def _token_row(done: Completion) -> dict[str, Any]:
     tokens = done.tokens
     columns = (None,) * 4 if tokens is None else (tokens.ids, tokens.logprobs, tokens.top_ids, tokens.top_logprobs)
     return dict(zip(TOKEN_COLUMNS.names, columns, strict=True))
+
+
+def _paid_in(notes: Notes | None) -> Usage:
+    return Usage(**json.loads((notes or {}).get(_PAID.encode(), b"{}")))
+
+
+def _merged_notes(notes: Sequence[Notes]) -> dict[str, str]:
+    return {_PAID: json.dumps(asdict(sum(map(_paid_in, notes), Usage())))}

@@ -33,8 +33,10 @@ _PROMPT_COLUMNS = ("domain", "messages", "reference", "metadata")
 
 @dataclass
 class ChunkScores:
-    """A chunk's score rows in the completions' order, its counts, tallies by (domain, name), and the new scores by key."""
+    """A chunk's answers and score rows in the completions' order, its counts, tallies by (domain, name), and the new scores by
+    key."""
 
+    answers: Sequence[AnswerRow] = ()
     rows: list[dict[str, Any]] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     tallies: dict[tuple[str, str], Tally] = field(default_factory=dict)
@@ -97,7 +99,7 @@ class ChunkAtWork:
         """The chunk's scores, from the answers to its pieces and those to its rest. Writes nothing."""
         assert self.is_answered, self._num_open
         self._add(rest)
-        done = ChunkScores()
+        done = ChunkScores(self._rows)
         given: list[list[tuple[_Question, ScoreValue]]] = [[] for _ in self._rows]
         for question in self._questions:
             new = question.new_values()

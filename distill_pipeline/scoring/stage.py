@@ -73,11 +73,11 @@ def score_outputs(
     last_news = time.monotonic()
     with ExitStack() as stack:
         opened = open_scorers(scorers, context)
-        for store in _stores_of(opened):
+        for store in stores_of(opened):
             stack.callback(store.flush)
         writer = stack.enter_context(ShardWriter(out_dir, "part", SCORE_SCHEMA))
         chunks = answer_chunks(prompt_batches, completion_batches)
-        for done in stack.enter_context(closing(_scored(chunks, opened, compute))):
+        for done in stack.enter_context(closing(scored_chunks(chunks, opened, compute))):
             keep_new(done, opened)
             writer.extend(done.rows)
             counts.update(done.counts)
@@ -89,7 +89,7 @@ def score_outputs(
     return _outcome(counts, tallies)
 
 
-def _scored(
+def scored_chunks(
     chunks: Iterable[Sequence[AnswerRow]], scorers: DomainScorers, compute: ComputeSpec
 ) -> Generator[ChunkScores, None, None]:
     """Each chunk's scores, in order: its pieces answered by whoever works, the rest here, while others go on."""
@@ -113,7 +113,7 @@ def _scored(
                 yield chunk.scores(here(chunk.rest))
 
 
-def _stores_of(scorers: DomainScorers) -> list[KeptScores]:
+def stores_of(scorers: DomainScorers) -> list[KeptScores]:
     """Every store of the scorers, once."""
     stores = [scorer.kept for named in scorers.values() for scorer in named.values() if scorer.kept is not None]
     return list({id(store): store for store in stores}.values())

@@ -1,7 +1,7 @@
 """Folders of Parquet parts that only grow: a writer that gathers rows into parts, and a small index of the keys in them.
 
 Parts are never changed and appear whole under a name of their own, so several runs may write at once and a crash loses only
-what was not written yet. The index holds 16 bytes a row.
+what was not written yet; :mod:`distill_pipeline.storage.compaction` merges small ones. The index holds 16 bytes a row.
 """
 
 import os
@@ -23,14 +23,17 @@ _ABANDONED_SECONDS = 86_400
 
 
 def part_files(folder: Path) -> list[Path]:
-    """The parts of a folder, oldest first."""
-    return sorted(folder.glob("part-*.parquet"))
+    """The parts of a folder, oldest first; listed until two listings agree, since one may miss what is just being replaced."""
+    parts = sorted(folder.glob("part-*.parquet"))
+    while (again := sorted(folder.glob("part-*.parquet"))) != parts:
+        parts = again
+    return parts
 
 
-def _write_part(folder: Path, table: pa.Table) -> Path:
-    """Add a part; once this returns a crash cannot lose it."""
+def write_part(folder: Path, table: pa.Table, *, stamp: str | None = None) -> Path:
+    """Add a part; once this returns a crash cannot lose it. ``stamp`` is its place in the order, else it is the newest."""
     folder.mkdir(parents=True, exist_ok=True)
-    name = f"{time.time_ns():020d}-{uuid.uuid4().hex[:12]}.parquet"
+    name = f"{stamp or f'{time.time_ns():020d}'}-{uuid.uuid4().hex[:12]}.parquet"
     temporary, part = folder / f".tmp-{name}", folder / f"part-{name}"
     with temporary.open("wb") as file:
         pq.write_table(table, file, compression="zstd")
@@ -41,10 +44,10 @@ def _write_part(folder: Path, table: pa.Table) -> Path:
     return part
 
 
-def read_part(part: Path, columns: Sequence[str], *, what: str) -> pa.Table:
-    """Columns of a part. Raises IntegrityError that names it; ``what`` says what it is a part of."""
+def read_part(part: Path, columns: Sequence[str] | None, *, what: str) -> pa.Table:
+    """Columns of a part (None: all). Raises IntegrityError that names it; ``what`` says what it is a part of."""
     try:
-        return pq.read_table(part, columns=list(columns), partitioning=None)
+        return pq.read_table(part, columns=columns and list(columns), partitioning=None)
     except (pa.ArrowInvalid, OSError) as err:
         raise IntegrityError(
             f"the part {part} of the {what} cannot be read: {err}. Restore it, or remove it: what it held is then made again."
@@ -101,7 +104,7 @@ class PartWriter:
         if not (self._folder / name).exists():
             write_whole(self._folder / name, text)
         schema = self._schema.with_metadata(self._notes) if self._notes else self._schema
-        part = _write_part(self._folder, pa.Table.from_pylist(self._waiting, schema=schema))
+        part = write_part(self._folder, pa.Table.from_pylist(self._waiting, schema=schema))
         self._waiting.clear()
         self._notes.clear()
         return part

@@ -74,7 +74,7 @@ class StageLoad:
     tokens: int
 
 
-def stage_load(stage: TrainStageSpec, num_prompts: int, a_prompt: int, tokens_a_row: float | None) -> StageLoad:
+def stage_load(stage: TrainStageSpec, num_prompts: int, a_prompt: float, tokens_a_row: float | None) -> StageLoad:
     """A stage over ``num_prompts`` with ``a_prompt`` completions of ``tokens_a_row`` tokens each (None: not known).
 
     A stage that ends by tokens trains on its budget; unknown lengths of the data count as no tokens. Rollouts count as

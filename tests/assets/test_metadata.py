@@ -47,6 +47,21 @@ def test_a_filtered_set_shows_its_funnel_pass_rates_and_a_sample_of_each_reason(
     assert "<script" in record.data["answer"]
 
 
+def test_a_teachers_tokens_and_dollars_are_a_table_by_domain_largest_first(materialize, script):
+    found = {"prompts": 1, "prompt_tokens": 10, "completion_tokens": 7, "usd": 0.25}
+    script.facts["teacher_outputs/smollm2"] = {
+        **script.facts.get("teacher_outputs/smollm2", {}),
+        "domains": {
+            "small": {"completions": 1, **found}, HOSTILE: {"completions": 9, **found}, "free": {"completions": 0, "usd": None},
+        },
+    }  # fmt: skip
+    result = materialize('+key:"teacher_outputs__smollm2"')
+    (event,) = (e for e in result.get_asset_materialization_events() if e.asset_key == asset_key("teacher_outputs/smollm2"))
+    records = [record.data for record in event.materialization.metadata["tokens_by_domain"].records]
+    assert [record["domain"] for record in records] == [cell(HOSTILE), "small", "free"]
+    assert (records[1]["completion_tokens"], records[1]["usd"], records[2]["usd"]) == (7, 0.25, "")
+
+
 def test_every_asset_says_where_it_lies_and_what_it_was_made_from(metadata):
     shown = metadata("student_checkpoint/kl")
     assert shown["dagster/uri"].value.endswith(f"/student_checkpoint/kl/{shown['version'].value}")

@@ -64,9 +64,22 @@ class ServerEngine:
         if first is None:
             return
         http, key = http_client(), key_of(self._name, self._model.server.api_key_env)
-        traffic = self._traffic = Traffic(
-            http, key, self._model, self._requests, chain([first], waiting), spending, name=self._name, progress=self._progress
+        earlier, traffic = (
+            self._traffic,
+            Traffic(
+                http,
+                key,
+                self._model,
+                self._requests,
+                chain([first], waiting),
+                spending,
+                name=self._name,
+                progress=self._progress,
+            ),
         )
+        if earlier is not None:
+            traffic.follow(earlier)
+        self._traffic = traffic
         with _Loop() as loop:
             try:
                 loop.run(traffic.open())

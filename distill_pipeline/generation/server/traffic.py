@@ -65,6 +65,10 @@ class Traffic:
         self._fingerprints: set[str] = set()
         self._refusals = 0
 
+    def follow(self, earlier: "Traffic") -> None:
+        """Go on with what the engine's requests before these counted, and learnt of its servers."""
+        self._counts, self._fingerprints, self._takes_n = earlier._counts, earlier._fingerprints, earlier._takes_n
+
     async def open(self) -> None:
         """Make the client, and probe every server."""
         self._wake = asyncio.Event()

@@ -1,5 +1,6 @@
 """Laws of the stage ``teacher_outputs``: conservation, content-addressed answers, and what a crash costs."""
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from distill_pipeline.errors import EmptyResultError, GenerationError
+from distill_pipeline.errors import BudgetError, EmptyResultError, GenerationError
 from distill_pipeline.generation import spool
 from distill_pipeline.generation.opening import greedy_engine
 from distill_pipeline.generation.served import ServedModel
@@ -191,6 +192,31 @@ def test_other_settings_redo_everything_and_say_so(bench: Bench, change: dict[st
     assert not first & {row["request_key"] for row in bench.rows()}
     bench.run(pool_batches(range(4)), **change)
     assert "made anew" not in bench.news[0]
+
+
+def test_other_settings_are_said_with_the_rows_they_redo_before_the_first_is_asked(bench: Bench) -> None:
+    bench.run(pool_batches(range(4)))
+    renewed = dataclasses.replace(bench.model, revision="another", identity="f" * 64)
+    other = Bench(bench.folder, renewed)
+    with pytest.raises(
+        BudgetError, match=r"^the budget is reached: .* of max_tokens 1 are used, and the next request could cost"
+    ):
+        other.run(pool_batches(range(4)), budget={"max_tokens": 1})
+    (said,) = other.news
+    assert f"revision {bench.model.revision} -> 'another'" in said
+    assert "so its earlier answers do not serve; 8 of 8 completions are made anew" in said
+
+
+def test_tokens_of_the_domains_make_up_the_teachers(bench: Bench) -> None:
+    facts = bench.run([*pool_batches(range(5)), *pool_batches(range(5, 8), domain="other")]).facts
+    domains, rows = facts["domains"], bench.rows()
+    assert (domains["sums"]["prompts"], domains["other"]["prompts"]) == (5, 3)
+    assert (domains["sums"]["completions"], domains["other"]["completions"]) == (10, 6)
+    assert domains["other"]["completion_tokens"] == sum(row["completion_tokens"] for row in rows[10:])
+    for name in ("prompt_tokens", "completion_tokens", "generated_tokens"):
+        assert facts[name] == domains["sums"][name] + domains["other"][name]
+    again = bench.run([*pool_batches(range(5)), *pool_batches(range(5, 8), domain="other")]).facts["domains"]
+    assert (again["sums"]["generated"], again["sums"]["completion_tokens"]) == (0, domains["sums"]["completion_tokens"])
 
 
 def mixed_pool() -> list[pa.RecordBatch]:
