@@ -174,9 +174,12 @@ def _run_teacher_signals(work: Work, out_dir: Path, input_key: str) -> Outcome:
 
 
 def _run_student_checkpoint(work: Work, out_dir: Path, input_key: str) -> Outcome:
+    from distill_pipeline.training.parallel import ALONE
     from distill_pipeline.training.stage import train_student
 
     assert work.node.student is not None
+    processes = work.processes or ALONE
+    processes.tell(work=True)
     recipe = work.experiment.students[work.node.student]
     teacher = work.experiment.teachers[work.teacher_name]
     sets = [artifact for name, artifact in work.inputs.items() if name.startswith("filtered_set/")]
@@ -184,7 +187,7 @@ def _run_student_checkpoint(work: Work, out_dir: Path, input_key: str) -> Outcom
         _training_rows(sets), out_dir, work.store.work_dir(work.node.name, input_key), student=recipe,
         teacher=work.teacher_model(), init_model=work.model(recipe.init.model) if recipe.init.model else None,
         system=teacher.system, device=work.student_device, seed=work.experiment.seed, progress=work.progress,
-        signals=work.experiment.signals, signal_sources=_signal_sources(work, sets),
+        signals=work.experiment.signals, signal_sources=_signal_sources(work, sets), processes=processes,
     )  # fmt: skip
     teachers = {facts["name"]: facts for facts in (data.manifest.facts["teacher"] for data in sets)}
     return Outcome(outcome.counts, outcome.facts | {"teachers": list(teachers.values())}, outcome.failed_gate)

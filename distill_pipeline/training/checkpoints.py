@@ -3,7 +3,8 @@
 A checkpoint is a folder ``step-00000012`` with ``model.safetensors``, ``optimizer.safetensors``, ``random.safetensors`` and
 ``state.json``, which holds the data position, the curve so far and the SHA-256 of the three. It is written under another name,
 synced and renamed, so that it is whole or absent; one whose hashes do not fit is skipped with a word. Nothing is pickled.
-The last two are kept. A checkpoint of other data or settings is not used: its run key differs.
+The last two are kept. A checkpoint of other data or settings is not used: its run key differs. It holds whole tensors, however
+many processes train: the first of them writes, all read, and another number of them may go on.
 """
 
 import json
@@ -22,6 +23,7 @@ from torch import Tensor
 from distill_pipeline.hashing import file_sha256
 from distill_pipeline.outcome import Progress
 from distill_pipeline.storage.files import sync
+from distill_pipeline.training.parallel import ALONE, Processes, is_parted, parted_like, whole_tensors
 
 KEPT = 2
 STATE = "state.json"
@@ -38,35 +40,39 @@ class Checkpoint:
     def restore(self, model: Any, optimizer: torch.optim.Optimizer | None) -> None:
         """Put weights, optimizer state and random state back, bit for bit."""
         own = model_tensors(model)
-        saved = load_file(self.folder / "model.safetensors", device=str(model.device))
+        device = "cpu" if is_parted(own.values()) else str(model.device)
+        saved = load_file(self.folder / "model.safetensors", device=device)
         with torch.no_grad():
             for name, tensor in own.items():
-                tensor.copy_(saved[name])
+                tensor.copy_(parted_like(saved[name], tensor))
         if optimizer is not None:
-            _load_optimizer(optimizer, load_file(self.folder / "optimizer.safetensors", device=str(model.device)))
+            _load_optimizer(optimizer, load_file(self.folder / "optimizer.safetensors", device=device))
         random = load_file(self.folder / "random.safetensors")
         torch.set_rng_state(random["cpu"])
         if "cuda" in random and torch.cuda.is_available():
             torch.cuda.set_rng_state(random["cuda"])
 
 
-def save_checkpoint(folder: Path, step: int, model: Any, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> Path:
+def save_checkpoint(
+    folder: Path, step: int, model: Any, optimizer: torch.optim.Optimizer, state: Mapping[str, Any],
+    processes: Processes = ALONE,
+) -> Path:  # fmt: skip
     """Write the checkpoint of ``step`` (over all stages) below ``folder`` and drop older ones; returns its folder."""
     final, temporary = folder / f"{PREFIX}{step:08d}", folder / f".tmp-{step:08d}-{os.getpid()}"
+    weights = whole_tensors(model_tensors(model), keep=processes.is_first)
+    moments = whole_tensors(optimizer_tensors(optimizer), keep=processes.is_first)
+    if not processes.is_first:
+        return final
     for path in (temporary, final):
         shutil.rmtree(path, ignore_errors=True)
     temporary.mkdir(parents=True)
     random = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available() and model.device.type == "cuda":
         random["cuda"] = torch.cuda.get_rng_state()
-    files = {
-        "model.safetensors": model_tensors(model),
-        "optimizer.safetensors": optimizer_tensors(optimizer),
-        "random.safetensors": random,
-    }
+    files = {"model.safetensors": weights, "optimizer.safetensors": moments, "random.safetensors": random}
     hashes = {}
     for name, tensors in files.items():
-        save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, temporary / name)
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary / name)
         sync(temporary / name)
         hashes[name] = file_sha256(temporary / name)
     (temporary / STATE).write_text(json.dumps({"files": hashes, "state": dict(state)}), encoding="utf-8")
@@ -118,7 +124,8 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tens
     optimizer.state.clear()
     for key, value in tensors.items():
         index, _, name = key.partition(".")
-        optimizer.state[parameters[int(index)]][name] = value
+        parameter = parameters[int(index)]
+        optimizer.state[parameter][name] = parted_like(value, parameter)
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:

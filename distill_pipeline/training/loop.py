@@ -6,7 +6,8 @@ losses as one that was not. Where a stage asks for it, the student first answers
 those of its own tokens. A loss or gradient that is not a number stops the run before the weights are touched.
 
 Decided: AdamW with one state per stage, or that of the stage before where asked; no weight decay on vectors (norms, biases);
-weights and losses in float32, on CUDA the forward passes in bfloat16. Given up: training a model that does not fit one device.
+weights and losses in float32, on CUDA the forward passes in bfloat16. With several processes each one works on its share of
+every step, and the loop is the same: see :mod:`distill_pipeline.training.parallel`.
 """
 
 import math
@@ -26,6 +27,7 @@ from distill_pipeline.training.batches import Example, ExampleSet, Layout, Micro
 from distill_pipeline.training.checkpoints import Checkpoint, save_checkpoint
 from distill_pipeline.training.head import POLICY_GRADIENT, head_loss
 from distill_pipeline.training.layout import forward_precision, hidden_states
+from distill_pipeline.training.parallel import ALONE, PLAIN, HeldModel, Processes, training_cost, whole_tensor
 from distill_pipeline.training.position import StagePosition
 from distill_pipeline.training.rollouts import StudentSampler, answers_itself, rollouts_text
 from distill_pipeline.training.spec import TrainStageSpec
@@ -41,15 +43,27 @@ ADAM_BETAS = (0.9, 0.95)
 class ModelPair:
     """Student and frozen teacher (None where no stage needs one), with their heads; or what was stored of the teacher.
 
-    ``vocab_width`` is the narrower head's number of rows: the wider one is cut there, at padding that no token uses.
+    ``vocab_width`` is the narrower head's number of rows: the wider one is cut there, at padding that no token uses. Models
+    are called, and their heads read, inside of ``student_held.run`` and ``teacher_held.run``.
     """
 
     student: Any
-    student_head_VH: Tensor
     vocab_width: int
     teacher: Any = None
-    teacher_head_VH: Tensor | None = None
     signals: StoredSignals | None = None
+    student_held: HeldModel = PLAIN
+    teacher_held: HeldModel = PLAIN
+
+    @property
+    def student_head_VH(self) -> Tensor:
+        """The matrix that makes the student's logits."""
+        head_VH: Tensor = self.student.get_output_embeddings().weight
+        return head_VH
+
+    @property
+    def teacher_head_VH(self) -> Tensor | None:
+        """The teacher's."""
+        return None if self.teacher is None else self.teacher.get_output_embeddings().weight
 
 
 @dataclass(frozen=True)
@@ -80,6 +94,7 @@ class TrainingRun:
     progress: Progress
     sampler: StudentSampler | None = None
     """Answers the prompts of on_policy stages."""
+    processes: Processes = ALONE
     curve: list[dict[str, Any]] = field(default_factory=list)
     trained_tokens: int = 0
     first_tokens: int = 0
@@ -137,7 +152,7 @@ class TrainingRun:
                 self.progress(f"{stage.method} {position}, loss {self.curve[-1]['loss']:.4f}, "
                               f"{rate:.0f} tokens/s, {left:.0f} s left{rollouts_text(self.sampler, self.curve)}")  # fmt: skip
                 spoke_at = now
-            if now - saved_at >= pause and not position.is_over:
+            if self.processes.decide(now - saved_at >= pause) and not position.is_over:
                 self._save(index, position.step, optimizer)
                 saved_at = time.monotonic()
                 pause = max(self.checkpoint_seconds, (saved_at - now) / CHECKPOINT_SHARE)
@@ -151,17 +166,22 @@ class TrainingRun:
         stage, student = self.stages[index], self.models.student
         rolled = None
         if self.sampler is not None and answers_itself(stage, seed=self.seed, index=index, step=position.step):
-            rolled = self.sampler.roll_out(batch, stage.rollouts, stage=index, step=position.step)
-            batch, stage = rolled.examples, stage.model_copy(update={"ce_weight": 0.0})
-        rate = position.next_rate(sum(example.num_tokens for example in batch))
+            rolled = self.sampler.roll_out(
+                batch, stage.rollouts, stage=index, step=position.step, held=self.models.student_held, processes=self.processes
+            )
+            share, num_tokens, stage = rolled.examples, rolled.num_tokens, stage.model_copy(update={"ce_weight": 0.0})
+        else:
+            share = [example for _, example in self.processes.share(batch, training_cost)]
+            num_tokens = sum(example.num_tokens for example in batch)
+        rate = position.next_rate(num_tokens)
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.zero_grad(set_to_none=True)
         result = accumulate_gradients(
-            self.models, batch, stage, layout=self.layout, pad_id=self.pad_id, device=self.device,
-            use_bfloat16=self.use_bfloat16,
+            self.models, share, stage, layout=self.layout, pad_id=self.pad_id, device=self.device,
+            use_bfloat16=self.use_bfloat16, num_tokens=num_tokens, processes=self.processes, idle=batch[0],
         )  # fmt: skip
-        norm = float(torch.nn.utils.clip_grad_norm_(student.parameters(), stage.clip_norm or math.inf))
+        norm = float(whole_tensor(torch.nn.utils.clip_grad_norm_(student.parameters(), stage.clip_norm or math.inf)))
         if not (math.isfinite(result.loss) and math.isfinite(norm)):
             names = ", ".join(example.prompt_id for example in batch)
             raise TrainingError(
@@ -181,7 +201,7 @@ class TrainingRun:
         state = self.checkpoint_state | {
             "stage": stage, "step": step, "curve": self.curve, "trained_tokens": self.trained_tokens,
         }  # fmt: skip
-        save_checkpoint(self.checkpoint_dir, len(self.curve), self.models.student, optimizer, state)
+        save_checkpoint(self.checkpoint_dir, len(self.curve), self.models.student, optimizer, state, self.processes)
 
 
 def accumulate_gradients(
@@ -193,20 +213,37 @@ def accumulate_gradients(
     pad_id: int,
     device: str,
     use_bfloat16: bool = False,
+    num_tokens: int | None = None,
+    processes: Processes = ALONE,
+    idle: Example | None = None,
 ) -> StepLoss:
     """Add the gradient of one global batch to the student's parameters, micro-batch by micro-batch.
 
-    The same loss and gradient whatever ``stage.micro_batch_tokens`` and ``layout`` (to rounding).
+    The same loss and gradient whatever ``stage.micro_batch_tokens``, ``layout`` and number of processes (to rounding).
+
+    Args:
+        batch: this process's share of the global batch.
+        num_tokens: completion tokens of the global batch; by default those of ``batch``.
+        idle: an example for processes that have less to do than others, which then run it without weight; needed where there
+            are several.
     """
-    num_tokens = sum(example.num_tokens for example in batch)
+    if num_tokens is None:
+        num_tokens = sum(example.num_tokens for example in batch)
+    own = micro_batches(batch, layout=layout, max_tokens=stage.micro_batch_tokens, pad_id=pad_id)
+    passes: list[tuple[MicroBatch, float]] = [(part, num_tokens) for part in own]
+    if (missing := processes.most(len(passes)) - len(passes)) and idle is not None:
+        one = replace(idle, completions=idle.completions[:1], signal_rows=idle.signal_rows[:1])
+        passes += [(part, math.inf) for part in micro_batches([one], layout="plain", max_tokens=1, pad_id=pad_id)] * missing
     sums = torch.zeros(3, device=device)
-    for part in micro_batches(batch, layout=layout, max_tokens=stage.micro_batch_tokens, pad_id=pad_id):
-        sums += _micro_step(models, part.to(device), stage, num_tokens, use_bfloat16)
-    loss, kl, ce = sums.tolist()
+    for number, (part, divisor) in enumerate(passes, 1):
+        with models.student_held.adding_up(last=number == len(passes)):
+            sums += _micro_step(models, part.to(device), stage, divisor, use_bfloat16)
+    loss, kl, ce = processes.sum(sums.tolist())
     return StepLoss(loss, kl, ce, num_tokens)
 
 
-def _micro_step(models: ModelPair, part: MicroBatch, stage: TrainStageSpec, num_tokens: int, use_bfloat16: bool) -> Tensor:
+def _micro_step(models: ModelPair, part: MicroBatch, stage: TrainStageSpec, num_tokens: float, use_bfloat16: bool) -> Tensor:
+    """(loss, divergence, cross-entropy) of one forward and backward pass, summed and divided by ``num_tokens``."""
     device_type = part.token_ids_ST.device.type
     teacher_hidden_PH = None
     if stage.distills and stage.signal != "online":
@@ -214,9 +251,20 @@ def _micro_step(models: ModelPair, part: MicroBatch, stage: TrainStageSpec, num_
         sparse = models.signals.targets(stage.signal, stage.kd_temperature, part.signals.first_rows())
         part = replace(part, targets=replace(part.targets, sparse=sparse.to(part.token_ids_ST.device)))
     elif stage.distills:
-        with torch.inference_mode(), forward_precision(device_type, use_bfloat16):
-            teacher_hidden_PH = hidden_states(models.teacher, part)
-    with forward_precision(device_type, use_bfloat16):
+        with torch.no_grad(), forward_precision(device_type, use_bfloat16):
+            teacher_hidden_PH = models.teacher_held.run(hidden_states, models.teacher, part)
+    loss, divergence, cross_entropy = models.student_held.run(
+        _losses, models, part, teacher_hidden_PH, stage, num_tokens, use_bfloat16
+    )
+    loss.backward()  # type: ignore[no-untyped-call]
+    return torch.stack([loss.detach(), divergence, cross_entropy])
+
+
+def _losses(
+    models: ModelPair, part: MicroBatch, teacher_hidden_PH: Tensor | None, stage: TrainStageSpec, num_tokens: float,
+    use_bfloat16: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    with forward_precision(part.token_ids_ST.device.type, use_bfloat16):
         hidden_PH = hidden_states(models.student, part)
     if use_bfloat16:
         hidden_PH = hidden_PH.to(torch.bfloat16)
@@ -232,8 +280,7 @@ def _micro_step(models: ModelPair, part: MicroBatch, stage: TrainStageSpec, num_
         divergence=POLICY_GRADIENT if stage.objective == "policy_gradient" else stage.divergence,
         kd_temperature=stage.kd_temperature, ce_weight=stage.ce_weight if stage.distills else 1.0,
     )  # fmt: skip
-    result.loss.backward()  # type: ignore[no-untyped-call]
-    return torch.stack([result.loss.detach(), result.divergence, result.cross_entropy])
+    return result.loss, result.divergence, result.cross_entropy
 
 
 def make_optimizer(student: Any, stage: TrainStageSpec) -> torch.optim.Optimizer:

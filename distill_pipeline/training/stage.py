@@ -12,7 +12,7 @@ template, so they see the same tokens that generation saw. Otherwise the student
 import hashlib
 import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from distill_pipeline.errors import TrainingError, VocabularyMismatchError
 from distill_pipeline.hashing import version_of
 from distill_pipeline.models.load import load_model, load_tokenizer, resolve_device
 from distill_pipeline.models.resolve import ModelFolder
-from distill_pipeline.outcome import Outcome, Progress
+from distill_pipeline.outcome import Outcome, Progress, silent
 from distill_pipeline.rendering import ChatRenderer
 from distill_pipeline.signals.files import Wanted
 from distill_pipeline.signals.spec import SignalsSpec
@@ -35,6 +35,7 @@ from distill_pipeline.training.checkpoints import Checkpoint, latest_checkpoint,
 from distill_pipeline.training.head import plain_head
 from distill_pipeline.training.layout import choose_layout
 from distill_pipeline.training.loop import ModelPair, TrainingRun
+from distill_pipeline.training.parallel import ALONE, PLAIN, Processes, whole_tensor
 from distill_pipeline.training.rollouts import StudentSampler, length_limit, rollout_facts
 from distill_pipeline.training.spec import ALGORITHM, StudentSpec
 from distill_pipeline.training.student import InitialStudent, initial_student
@@ -83,6 +84,7 @@ def train_student(
     checkpoint_seconds: float = 120.0,
     signals: SignalsSpec = _AS_DEFAULT,
     signal_sources: Sequence[SignalSource] = (),
+    processes: Processes = ALONE,
 ) -> Outcome:
     """Train a student and write it to ``out_dir``.
 
@@ -94,15 +96,17 @@ def train_student(
         device: a torch device or ``auto``; on CUDA forward passes are in bfloat16.
         checkpoint_seconds: at least so long between two checkpoints.
         signals, signal_sources: how teacher signals were captured and where they are, for stages that do not read them online.
+        processes: those that train it together; all call this function alike, and the first one writes and reports.
     Raises:
         TrainingError: nothing to train on, an architecture this cannot train, or a loss that is not a number.
         VocabularyMismatchError: a stage needs the teacher, and the models' token ids mean different things.
         ConfigError: rollouts do not fit the models' contexts.
         SignalMismatchError: teacher signals are missing, or belong to other tokens, settings or another teacher.
     """
-    device = resolve_device(device)
+    device = processes.device(resolve_device(device))
+    progress = progress if processes.is_first else silent
     renderer, owner = _renderer(student, teacher, init_model, system)
-    stored = _stored_signals(student, renderer, signals, signal_sources, work_dir / "signals")
+    stored = _stored_signals(student, renderer, signals, signal_sources, work_dir / "signals" / str(processes.rank))
     examples, counts = encode_examples(
         training_batches, renderer, max_length=student.max_length, signal_row=stored.row if stored else None
     )
@@ -117,31 +121,39 @@ def train_student(
     if resume is not None:
         progress(f"going on from {resume.folder}: {len(resume.state['curve'])} steps are done")
     torch.manual_seed(seed)
-    initial = _initial(student, teacher, init_model, text, seed, device, resume)
+    loading = processes.loading_device(device)
+    initial = _initial(student, teacher, init_model, text, seed, loading, resume)
     progress(f"student: {initial.facts['parameters']:,} parameters, {initial.facts['share']:.0%} of the teacher's")
     use_bfloat16 = torch.device(device).type == "cuda"
-    pair = _pair(initial.model, teacher if student.needs_teacher else None, text, device, use_bfloat16, stored)
+    pair = _pair(initial.model, teacher if student.needs_teacher else None, text, loading, use_bfloat16, stored)
     models = [model for model in (pair.student, pair.teacher) if model is not None]
     sampler, longest = _sampler(student, models, text, seed, use_bfloat16)
     layout, reason = choose_layout(models, longest)
     hash_before = parameters_sha256(pair.teacher) if pair.teacher is not None else None
+    pair = replace(
+        pair, student_held=processes.hold(pair.student, device),
+        teacher_held=PLAIN if pair.teacher is None else processes.hold(pair.teacher, device),
+    )  # fmt: skip
     run = TrainingRun(
         pair, student.stages, text.examples, layout, text.renderer.end_token_id, seed, device, use_bfloat16, checkpoint_dir,
-        {"run_key": run_key, "init": initial.facts}, checkpoint_seconds, progress, sampler,
+        {"run_key": run_key, "init": initial.facts}, checkpoint_seconds, progress, sampler, processes,
     )  # fmt: skip
     run.run(resume)
     hash_after = parameters_sha256(pair.teacher) if pair.teacher is not None else None
     if hash_before != hash_after:
         raise TrainingError(f"the teacher {teacher.reference} changed while the student trained: {hash_before} to {hash_after}")
-    _write_student(pair.student, text.renderer.tokenizer, run.curve, out_dir)
-    remove_checkpoints(checkpoint_dir)
-    shutil.rmtree(work_dir / "signals", ignore_errors=True)
+    with pair.student_held.whole(pair.student) as whole:
+        if processes.is_first:
+            _write_student(whole, text.renderer.tokenizer, run.curve, out_dir)
+            remove_checkpoints(checkpoint_dir)
+            shutil.rmtree(work_dir / "signals", ignore_errors=True)
     facts = initial.facts | _run_facts(run) | {
         "layout": layout, "layout_reason": reason, "tokenizer": text.owner, "renderer": text.renderer.fingerprint,
         "teacher_sha256_before": hash_before, "teacher_sha256_after": hash_after, "device": device,
         "dtype": "bfloat16 forward, float32 weights" if use_bfloat16 else "float32",
         "resumed_from_step": len(resume.state["curve"]) if resume is not None else None,
         "stages": [stage.model_dump(mode="json") for stage in student.stages],
+        "processes": processes.size, "weights_held_in": "shards" if processes.shards else "copies",
     }  # fmt: skip
     return Outcome(text.counts | {"steps": len(run.curve), "trained_tokens": run.trained_tokens}, facts)
 
@@ -151,7 +163,8 @@ def parameters_sha256(model: Any) -> str:
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         digest.update(name.encode())
-        digest.update(memoryview(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
+        whole = whole_tensor(parameter.detach()).cpu()
+        digest.update(memoryview(whole.contiguous().view(-1).view(torch.uint8).numpy()))
     return digest.hexdigest()
 
 
@@ -218,13 +231,11 @@ def _pair(
     model: Any, teacher: ModelFolder | None, text: _Text, device: str, use_bfloat16: bool, signals: StoredSignals | None
 ) -> ModelPair:
     """Student and teacher in memory, with their heads, or what was stored of the teacher."""
-    head_VH = plain_head(model)
-    width, frozen, teacher_head_VH = len(head_VH), None, None
+    width, frozen = len(plain_head(model)), None
     if teacher is not None:
         frozen = load_model(teacher.path, device=device, dtype="bfloat16" if use_bfloat16 else "float32")
         frozen.eval().requires_grad_(False)
-        teacher_head_VH = plain_head(frozen)
-        width = min(width, len(teacher_head_VH))
+        width = min(width, len(plain_head(frozen)))
     if text.renderer.vocab_size > width:
         raise VocabularyMismatchError(
             f"the tokenizer has {text.renderer.vocab_size} ids and the models' heads only {width} in common. "
@@ -232,7 +243,7 @@ def _pair(
         )
     if signals is not None:
         width = text.renderer.vocab_size  # what signals are about: padding columns hold no token
-    return ModelPair(model, head_VH, width, frozen, teacher_head_VH, signals)
+    return ModelPair(model, width, frozen, signals)
 
 
 def _sampler(

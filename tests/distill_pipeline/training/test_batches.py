@@ -40,7 +40,7 @@ STAGE = TrainStageSpec(method="logit_kd", ce_weight=0.4, kd_temperature=2.0)
 def models(random_model: Any) -> ModelPair:
     student, teacher = random_model(layers=2, seed=0), random_model(layers=3, seed=1)
     teacher.requires_grad_(False)
-    return ModelPair(student, student.lm_head.weight, 40, teacher, teacher.lm_head.weight)
+    return ModelPair(student, 40, teacher)
 
 
 def loss_and_gradients(models: ModelPair, examples: list[Example], **options: Any) -> tuple[float, list[torch.Tensor]]:

@@ -13,7 +13,6 @@ from distill_pipeline.models.load import load_model
 from distill_pipeline.models.resolve import ModelFolder
 from distill_pipeline.rendering import ChatRenderer
 from distill_pipeline.training.batches import Example
-from distill_pipeline.training.head import plain_head
 from distill_pipeline.training.loop import ModelPair, accumulate_gradients
 from distill_pipeline.training.rollouts import RolloutBatch, StudentSampler, answers_itself, length_limit
 from distill_pipeline.training.spec import RolloutSpec, TrainStageSpec
@@ -127,7 +126,7 @@ def test_loss_is_over_the_tokens_that_were_drawn_whatever_the_micro_batches(
 ) -> None:
     rolled = roll_out()
     frozen = load_model(teacher.path).requires_grad_(False)
-    pair = ModelPair(student, plain_head(student), student.config.vocab_size, frozen, plain_head(frozen))
+    pair = ModelPair(student, student.config.vocab_size, frozen)
     found = []
     for layout, tokens in (("shared", 4096), ("shared", 64), ("plain", 64)):
         student.zero_grad()
@@ -150,7 +149,7 @@ def test_what_is_trained_is_the_policy_that_drew(
     )
     rolled = roll_out()
     frozen = load_model(teacher.path).requires_grad_(False)
-    pair = ModelPair(student, plain_head(student), student.config.vocab_size, frozen, plain_head(frozen))
+    pair = ModelPair(student, student.config.vocab_size, frozen)
     result = accumulate_gradients(pair, rolled.examples, stage_of(**POLICY_GRADIENT), layout="shared", pad_id=2, device="cpu")
     assert result.ce == pytest.approx(-sum(answer.logprob for answer in drawn) / rolled.num_tokens, rel=1e-4)
 
