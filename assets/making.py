@@ -42,7 +42,9 @@ def make_artifact(
     student_device: str = "auto",
     launch: "Launch | None" = None,
 ) -> "Artifact":
-    """Make a node's artifact, students by ``launch``. One that failed its quality gate is returned too: its check says so and stops the run.
+    """Make a node's artifact, a student by ``launch``.
+
+    One that failed its quality gate is returned too: its check says so and stops the run.
 
     Raises:
         dg.Failure: the library refused; the text is the library's.

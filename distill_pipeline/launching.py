@@ -97,13 +97,8 @@ def _environment(launch: Launch, error_file: Path) -> dict[str, str]:
     library = str(Path(__file__).resolve().parents[1])
     found = {"OMP_NUM_THREADS": str(threads)} if launch.processes > 1 else {}
     paths = [library, *filter(None, [os.environ.get("PYTHONPATH")])]
-    own = {
-        ERROR_FILE: str(error_file),
-        "PYTHONPATH": os.pathsep.join(paths),
-        "DISTILL_TRAIN_PROCESSES": "1",
-        "DISTILL_TRAIN_SHARD": "0",
-    }
-    return found | dict(os.environ) | own
+    alone = {"DISTILL_TRAIN_PROCESSES": "1", "DISTILL_TRAIN_SHARD": "0"}  # the command line says how
+    return found | dict(os.environ) | alone | {ERROR_FILE: str(error_file), "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def _raised(error_file: Path) -> DistillError | None:

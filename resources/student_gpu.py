@@ -40,8 +40,8 @@ class StudentGpuResource(dg.ConfigurableResource):
         if kind == "torchrun" and rest and rest[0].isdigit() and int(rest[0]) > 1 and rest[1:] in ([], ["shard"]):
             return Launch(int(rest[0]), shard=bool(rest[1:]))
         raise ValueError(
-            f"training is {':'.join([kind, *rest])!r}; it must be in_process, subprocess, torchrun:N or torchrun:N:shard, with N "
-            "from 2 (in the environment: DISTILL_TRAIN_PROCESSES, a number from 1, and DISTILL_TRAIN_SHARD, 0 or 1)."
+            f"training is {':'.join([kind, *rest])!r}; it must be in_process, subprocess, torchrun:N or torchrun:N:shard, "
+            "with N from 2 (in the environment: DISTILL_TRAIN_PROCESSES, a number from 1, and DISTILL_TRAIN_SHARD, 0 or 1)."
         )
 
 
