@@ -171,7 +171,8 @@ class Processes:
         if self.size == 1 or not (self.shards or trained):
             return PLAIN
         if not self.shards:
-            copies = DistributedDataParallel(_Inside(model), broadcast_buffers=False, gradient_as_bucket_view=True)
+            copies = DistributedDataParallel(_Inside(model), gradient_as_bucket_view=True)
+            copies.broadcast_buffers = False  # they are computed, not learned
             copies.register_comm_hook(None, _sum_of_bucket)
             return HeldModel(copies)
         twin = _emptied(model, device) if trained else None
