@@ -108,7 +108,7 @@ def student_checkpoint_metadata(artifact: "Artifact") -> Metadata:
     """First weights, size, speed, and the training curve as a picture."""
     from distill_pipeline.report.charts import loss_curve_png
 
-    curve = list(artifact.rows(["step", "loss"], prefix="curve"))
+    curve = list(artifact.rows(prefix="curve"))
     final_loss = artifact.manifest.facts.get("final_loss")
     return {
         "training_curve": picture("loss by step", loss_curve_png(curve)),

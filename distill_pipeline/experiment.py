@@ -22,6 +22,7 @@ from distill_pipeline.scoring.registry import scorer_fault
 from distill_pipeline.scoring.spec import ScorerSpec
 from distill_pipeline.signals.spec import SignalKind, SignalsSpec
 from distill_pipeline.spec import ANY_DOMAIN, NAME_PATTERN, Name, Spec
+from distill_pipeline.system_prompts import SystemPrompts
 from distill_pipeline.training.spec import StudentSpec
 
 _SAFE_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -71,23 +72,53 @@ class Experiment(Spec):
                 found[reference] = (kinds | set(recipe.signal_kinds()), max(longest, recipe.max_length))
         return {name: (tuple(sorted(kinds, reverse=True)), longest) for name, (kinds, longest) in found.items()}
 
+    def teachers_of(self, student: str) -> tuple[str, ...]:
+        """The teachers of a student's data, each once."""
+        return tuple(dict.fromkeys(reference.split("/")[0] for reference in self.students[student].data))
+
     def teacher_of(self, student: str) -> str:
         """The teacher whose distribution a student imitates and whose layers it inherits: the first of its data."""
-        return self.students[student].data[0].split("/")[0]
+        return self.teachers_of(student)[0]
+
+    def data_prompts(self, student: str, teacher: str) -> SystemPrompts:
+        """The system prompts under which a student reads a teacher's answers: those of the teacher, or none."""
+        return SystemPrompts() if self.students[student].system == "none" else self.teachers[teacher].system_prompts
+
+    def prompts_of(self, student: str) -> SystemPrompts:
+        """The system prompts under which a student answers: in each domain that of its first teacher which answers there."""
+        names = self.teachers_of(student)
+        if len(names) == 1:
+            return self.data_prompts(student, names[0])
+
+        def told(domain: str) -> str | None:
+            name = next((name for name in names if self.teachers[name].answers(domain)), names[0])
+            return self.data_prompts(student, name).of(domain)
+
+        default = told(ANY_DOMAIN)
+        domains = {domain for name in names for domain in (*self.teachers[name].domains, *self.teachers[name].systems)}
+        own = {domain: told(domain) for domain in sorted(domains - {ANY_DOMAIN})}
+        return SystemPrompts(default, {domain: system for domain, system in own.items() if system != default})
+
+    def asked_under(self, prompts: SystemPrompts) -> dict[str, str | None]:
+        """The system prompt of each evaluation task."""
+        domains = self.evaluation.domains
+        return {task: prompts.of(domains.get(task, ANY_DOMAIN)) for task in self.evaluation.tasks}
 
     def require_domains(self, found: Iterable[str]) -> None:
-        """Check the domains that filters name, as soon as those of the prompts are known: rows may name their own.
+        """Check the domains that have settings of their own, as soon as those of the prompts are known: rows may name theirs.
 
         Args:
             found: domains of the pool's prompts; those that the sources themselves name count too.
         Raises:
-            ConfigError: no prompt is in a domain that a filter has settings for; the message lists all of them.
+            ConfigError: no prompt is in a domain that a filter or a teacher has settings for; the message lists all of them.
         """
         known = {ANY_DOMAIN, *found, *(source.domain for source in self.prompt_pool.sources)}
+        parts: dict[str, Iterable[str]] = {f"filters.{name}.domains": rule.domains for name, rule in self.filters.items()}
+        parts |= {f"teachers.{name}.systems": teacher.systems for name, teacher in self.teachers.items()}
         faults = [
-            f"filters.{name}.domains.{domain}: no prompt is in this domain"
-            for name, rule in self.filters.items()
-            for domain in rule.domains
+            f"{where}.{domain}: no prompt is in this domain"
+            for where, domains in parts.items()
+            for domain in domains
             if domain not in known
         ]
         if faults:
@@ -127,6 +158,8 @@ def parse_experiment(document: Mapping[str, Any], *, origin: str = "experiment")
     except ValidationError as err:
         faults += [_fault_line(error) for error in err.errors()]
     faults += _cross_faults(document)
+    if experiment is not None and not faults:
+        faults += _task_faults(experiment)
     if faults or experiment is None:
         listed = "\n".join(f"  {fault}" for fault in faults)
         raise ConfigError(f"{origin} has {len(faults)} fault{'s' * (len(faults) != 1)}:\n{listed}")
@@ -194,7 +227,9 @@ def _cross_faults(document: Mapping[str, Any]) -> Iterator[str]:
             kind = _mapping(part).get("kind")
             if isinstance(kind, str) and (fault := scorer_fault(kind, _mapping(_mapping(part).get("options")))):
                 yield f"scorers.{domain}.{index}.kind: {fault}"
+    yield from _api_faults(document)
     yield from _signal_faults(document)
+    yield from _online_faults(document)
     students = set(_mapping(document.get("students")))
     baselines = _mapping(document.get("evaluation")).get("baselines")
     for index, baseline in enumerate(baselines if isinstance(baselines, list) else []):
@@ -206,6 +241,35 @@ def _cross_faults(document: Mapping[str, Any]) -> Iterator[str]:
         n, temperature = sampling.get("n", 4), sampling.get("temperature", 0.7)
         if temperature == 0 and isinstance(n, int) and n > 1:
             yield f"teachers.{teacher}.sampling: temperature 0 is greedy, {n} samples would be equal; set n: 1"
+
+
+def _api_faults(document: Mapping[str, Any]) -> Iterator[str]:
+    """What a student wants of a teacher that is only an API: its layers, or its distribution."""
+    teachers = _mapping(document.get("teachers"))
+    for student, part in _mapping(document.get("students")).items():
+        references, stages = _mapping(part).get("data"), _mapping(part).get("stages")
+        wanted = dict.fromkeys(str(name).split("/")[0] for name in (references if isinstance(references, list) else []))
+        served = [name for name in wanted if _is_only_api(_mapping(teachers.get(name)))]
+        if not served:
+            continue
+        name = served[0]
+        otherwise = f"or set teachers.{name}.weights to the same model as a Hub id or folder"
+        given = [kind for kind in ("prune", "scratch") if _mapping(_mapping(part).get("init")).get(kind)]
+        if given and name == next(iter(wanted)):
+            yield (
+                f"students.{student}.init.{given[0]}: teacher {name} is only an API, so its layers are not here; give init: "
+                f"{{model: ...}}, {otherwise}"
+            )
+        for index, stage in enumerate(stages if isinstance(stages, list) else []):
+            if _mapping(stage).get("method") in {"logit_kd", "on_policy"}:
+                yield (
+                    f"students.{student}.stages.{index}.method: {stage['method']} learns the teacher's distribution, and "
+                    f"teacher {name} is only an API; use sft, {otherwise}"
+                )
+
+
+def _is_only_api(teacher: Mapping[str, Any]) -> bool:
+    return teacher.get("engine") == "openai" and not teacher.get("weights")
 
 
 def _signal_faults(document: Mapping[str, Any]) -> Iterator[str]:
@@ -222,6 +286,40 @@ def _signal_faults(document: Mapping[str, Any]) -> Iterator[str]:
                     f"students.{student}.stages.{index}.kd_temperature: {_brief(wanted)} is not among signals.temperatures "
                     f"({stored}); add it there: what is stored for one temperature cannot be used at another"
                 )
+
+
+def _online_faults(document: Mapping[str, Any]) -> Iterator[str]:
+    """Stages in which one teacher would read along although other models wrote a part of the rows."""
+    teachers = _mapping(document.get("teachers"))
+    for student, part in _mapping(document.get("students")).items():
+        references, stages = _mapping(part).get("data"), _mapping(part).get("stages")
+        wanted = dict.fromkeys(str(name).split("/")[0] for name in (references if isinstance(references, list) else []))
+        names = [name for name in wanted if name in teachers]
+        models = {repr(_model_of(_mapping(teachers[name]))) for name in names}
+        for index, stage in enumerate(stages if isinstance(stages, list) and len(models) > 1 else []):
+            method, signal = _mapping(stage).get("method"), _mapping(stage).get("signal", "online")
+            if method == "on_policy" or (method == "logit_kd" and signal == "online"):
+                yield (
+                    f"students.{student}.stages.{index}: {method} has one teacher read along, and the rows are of several "
+                    f"models ({', '.join(names)}). Use logit_kd with signal: topk or sampled, where each row has its own "
+                    "teacher's distribution, or sft"
+                )
+
+
+def _model_of(teacher: Mapping[str, Any]) -> tuple[Any, Any]:
+    """What tells a teacher's weights from another's."""
+    return teacher.get("weights") or teacher.get("model"), teacher.get("revision")
+
+
+def _task_faults(experiment: Experiment) -> Iterator[str]:
+    """Where a student has several system prompts, nobody else can say which of them a task is asked under."""
+    unsaid = [task for task in experiment.evaluation.tasks if task not in experiment.evaluation.domains]
+    several = [name for name in experiment.students if len(experiment.prompts_of(name).distinct()) > 1]
+    if unsaid and several:
+        yield (
+            f"evaluation.domains: student {several[0]} has system prompts by domain; say under which domain's the tasks "
+            f"{', '.join(unsaid)} are asked, as {{task: domain}} ({ANY_DOMAIN} is the one of all other domains)"
+        )
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

@@ -69,6 +69,7 @@ def join(device: str, *, shards: bool) -> "Processes":
         ConfigError: there is no such device, or not one for each process.
     """
     import torch.distributed as dist
+    from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
     from distill_pipeline.models.load import resolve_device
@@ -79,7 +80,7 @@ def join(device: str, *, shards: bool) -> "Processes":
     processes = Processes(rank, size, local_rank=local_rank, shards=shards, store=store)
     on_gpu = processes.device(resolve_device(device)).startswith("cuda")
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if on_gpu else "gloo", store=dist.PrefixStore("training", store), rank=rank, world_size=size,
+        "cpu:gloo,cuda:nccl" if on_gpu else "gloo", store=PrefixStore("training", store), rank=rank, world_size=size,
         timeout=LONGEST_WAIT,
     )  # fmt: skip
     return processes

@@ -110,4 +110,5 @@ def _line(ancestor: Ancestor, state: str) -> str:
         teacher = ancestor.teacher
         line += f"\n    teacher {teacher['model']} ({teacher['license'] or 'no licence'}: {teacher['verdict']})"
         line += "".join(f"\n    obligation: {duty}" for duty in teacher["obligations"])
+        line += f"\n    accepted because: {teacher['accepted_because']}" if teacher.get("accepted_because") else ""
     return line

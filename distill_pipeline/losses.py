@@ -116,6 +116,23 @@ def akl(
     return _masked_mean("akl", student_logits_BTV, teacher_logits_BTV, labels_BT, kd_temperature, mu=_unit(mu, "mu"))
 
 
+def uld(student_logits_BTV: Tensor, teacher_logits_BTU: Tensor, labels_BT: Tensor, *, kd_temperature: float = 1.0) -> Tensor:
+    """Mean universal logit distillation, sum_i |p_(i) - q_(i)|, times kd_temperature ** 2, for two different vocabularies.
+
+    p_(1) >= p_(2) >= ... are the teacher's probabilities in falling order and q_(i) the student's; the shorter list goes on
+    with zeros. It is the Wasserstein distance of the two where moving mass costs the same between any two tokens. It compares
+    how sure the models are, not of what: it is also zero where they are equally sure of different tokens, so cross-entropy
+    must say what is right. Sorting the vocabulary takes most of its time.
+
+    Args:
+        teacher_logits_BTU: float (batch, tokens, the teacher's vocabulary): what the teacher says before the token of its own
+            that is paired with the student's at the same place. Others, Returns and Raises as in ``forward_kl``, but that the
+            last axes may differ.
+    Source: Boizard et al. 2024, arXiv:2402.12030, equation 4.
+    """
+    return _masked_mean("uld", student_logits_BTV, teacher_logits_BTU, labels_BT, kd_temperature)
+
+
 def cross_entropy(student_logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
     """Mean -log q(label) in nats over the labels that are not -100; float32, and 0.0 when all of them are -100."""
     _check_labels(student_logits_BTV, labels_BT)
@@ -141,8 +158,10 @@ def divergence_with_gradient(
     if name != "forward_kl":
         with torch.inference_mode(False), torch.enable_grad():
             # log q is as good as the logits it came from: a constant a token apart, to which every divergence is blind.
+            # Both are normalised again: tvd and uld have a kink where they are equal, and equal to the last bit they stay.
             free_NV = log_q_NV.detach().clone().requires_grad_(True)
-            loss_N = TOKEN_DIVERGENCES[name](torch.log_softmax(free_NV, dim=-1), log_p_NV.detach().clone(), **options)
+            log_p_NV = torch.log_softmax(log_p_NV.detach().clone(), dim=-1)
+            loss_N = TOKEN_DIVERGENCES[name](torch.log_softmax(free_NV, dim=-1), log_p_NV, **options)
             (gradient_NV,) = torch.autograd.grad(loss_N.sum(), free_NV)
         return loss_N.detach().clamp_min(0.0) * kd_temperature**2, gradient_NV * kd_temperature
     p_NV = log_p_NV.exp()
@@ -277,6 +296,13 @@ def _akl_tokens(log_q_NV: Tensor, log_p_NV: Tensor, mu: float) -> Tensor:
     return share_N * _kl_tokens(log_p_NV, log_q_NV) + (1.0 - share_N) * _kl_tokens(log_q_NV, log_p_NV)
 
 
+def _uld_tokens(log_q_NV: Tensor, log_p_NU: Tensor) -> Tensor:
+    q_NV, p_NU = (log_NV.exp().sort(dim=-1, descending=True).values for log_NV in (log_q_NV, log_p_NU))
+    width = max(q_NV.shape[-1], p_NU.shape[-1])
+    q_NW, p_NW = (torch.nn.functional.pad(x, (0, width - x.shape[-1])) for x in (q_NV, p_NU))
+    return (p_NW - q_NW).abs().sum(-1)
+
+
 TOKEN_DIVERGENCES: dict[str, Callable[..., Tensor]] = {
     "reverse_kl": lambda log_q_NV, log_p_NV: _kl_tokens(log_q_NV, log_p_NV),
     "jsd": _jsd_tokens,
@@ -284,6 +310,7 @@ TOKEN_DIVERGENCES: dict[str, Callable[..., Tensor]] = {
     "skew_reverse_kl": lambda log_q_NV, log_p_NV, alpha: _kl_tokens(log_q_NV, _mixture(log_q_NV, log_p_NV, alpha)),
     "tvd": lambda log_q_NV, log_p_NV: (log_p_NV.exp() - log_q_NV.exp()).abs().sum(-1) / 2,
     "akl": _akl_tokens,
+    "uld": _uld_tokens,
 }
 """Each divergence of every token from (log q, log p), as plain autograd; forward_kl has its closed form instead."""
 
@@ -299,12 +326,12 @@ def _token_divergence(
 def _masked_mean(
     name: str, student_BTV: Tensor, teacher_BTV: Tensor, labels_BT: Tensor, kd_temperature: float, **options: float
 ) -> Tensor:
-    if student_BTV.shape[-1] != teacher_BTV.shape[-1]:
+    if student_BTV.shape[-1] != teacher_BTV.shape[-1] and name != "uld":
         raise VocabularyMismatchError(
             f"the student has {student_BTV.shape[-1]} logits a token and the teacher {teacher_BTV.shape[-1]}. "
-            "Choose a teacher with the student's tokenizer, or cut both to the vocabulary they share."
+            "Choose a teacher with the student's tokenizer, cut both to the vocabulary they share, or use uld."
         )
-    if student_BTV.shape != teacher_BTV.shape:
+    if student_BTV.shape[:-1] != teacher_BTV.shape[:-1]:
         raise ValueError(f"student logits are {tuple(student_BTV.shape)} and teacher logits {tuple(teacher_BTV.shape)}")
     if not kd_temperature > 0.0:
         raise ValueError(f"kd_temperature is {kd_temperature}; it must be above 0")

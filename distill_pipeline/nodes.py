@@ -31,7 +31,9 @@ STAGE_COMMANDS: Mapping[Stage, str] = {
 }  # fmt: skip
 """The ``distill`` subcommand that makes each stage's artifacts."""
 
-NO_RESULT_CHANGE = {"batch_tokens", "micro_batch_tokens", "batch_size", "compute", "server", "budget"}
+NO_RESULT_CHANGE = {
+    "batch_tokens", "micro_batch_tokens", "gradient_checkpointing", "batch_size", "compute", "server", "budget", "vllm",
+}  # fmt: skip
 """Fields that change speed, memory or cost only, wherever they stand; ``compute`` says who works, and is in no node's part."""
 
 
@@ -93,10 +95,10 @@ def experiment_nodes(experiment: Experiment) -> dict[str, Node]:
         teacher = experiment.teacher_of(student)
         frozen = experiment.teachers[teacher]
         who = {
-            "teacher": "+".join(dict.fromkeys(ref.split("/")[0] for ref in recipe.data)),
+            "teacher": "+".join(experiment.teachers_of(student)),
             "filter": "+".join(dict.fromkeys(ref.split("/")[1] for ref in recipe.data)),
             "student": student,
-            "method": "+".join(dict.fromkeys(stage.method for stage in recipe.stages)),
+            "method": recipe.method,
         }
         model = _teacher_model(frozen)
         spec = {"student": recipe.document(), "teacher": model, "seed": experiment.seed}
@@ -106,6 +108,9 @@ def experiment_nodes(experiment: Experiment) -> dict[str, Node]:
         checkpoint, report = f"student_checkpoint/{student}", f"eval_report/{student}"
         add(checkpoint, "student_checkpoint", training_spec.ALGORITHM, spec, sets, **who)
         spec = {"evaluation": evaluation, "teacher": model, "seed": experiment.seed}
+        prompts = experiment.prompts_of(student)
+        if prompts != frozen.system_prompts:
+            spec["student_systems"] = {"system": prompts.default, "systems": dict(prompts.by_domain)}
         others = [f"student_checkpoint/{name}" for name in experiment.evaluation.baselines if name in experiment.students]
         needed = tuple(dict.fromkeys(["prompt_pool", checkpoint, *others]))
         add(report, "eval_report", evaluation_spec.ALGORITHM, spec, needed, **who)
@@ -116,7 +121,10 @@ def experiment_nodes(experiment: Experiment) -> dict[str, Node]:
 
 def _teacher_model(teacher: TeacherSpec) -> dict[str, Any]:
     """What decides a teacher's distributions on given text."""
-    model = {"model": teacher.model, "revision": teacher.revision, "system": teacher.system}
+    prompts = teacher.system_prompts
+    model: dict[str, Any] = {"model": teacher.model, "revision": teacher.revision, "system": prompts.default}
+    model |= {"systems": dict(prompts.by_domain)} if prompts.by_domain else {}
+    model |= {"extra_body": teacher.extra_body} if teacher.extra_body and not teacher.weights else {}
     return model | ({"weights": teacher.weights} if teacher.weights else {})
 
 

@@ -18,7 +18,7 @@ from distill_pipeline.experiment import Experiment, load_experiment
 from distill_pipeline.launching import Launch, train_apart
 from distill_pipeline.nodes import Node, experiment_nodes
 from distill_pipeline.outcome import Progress
-from distill_pipeline.runners import EXTERNAL_INPUTS, RUNNERS, UNHASHED_FILES
+from distill_pipeline.runners import EXTERNAL_INPUTS, RUNNERS, UNHASHED_FILES, told_anew
 from distill_pipeline.storage.artifacts import Artifact, ArtifactStore, Making
 from distill_pipeline.work import Work
 
@@ -77,6 +77,7 @@ class Pipeline:
         making = self.making(work)
         found = None if self.force else self.store.find(name, making.input_key)
         if found is not None:
+            found = told_anew(work, found)
             self.progress(f"{name} {found.version}: nothing to do, its manifest matches")
         artifact = found or (self._apart(work, making) if self._trains_apart(work.node) else self._run(work, making))
         if artifact.manifest.status == "failed":

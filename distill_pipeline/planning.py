@@ -33,7 +33,10 @@ ROW_OVERHEAD_BYTES = 300
 """Ids, counts and keys of a stored completion beside its text, compressed."""
 BYTES_A_TOKEN = 4.5
 TRAINING_COPIES = 4
-"""A student's weights on disk, in float32 copies: the finished model, and a checkpoint with weights and two Adam moments."""
+"""A student's weights on disk, in float32 copies: the finished model, and a checkpoint with weights and two Adam moments.
+
+Of a student with adapters only the finished model counts: checkpoints hold the adapters alone.
+"""
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,7 @@ def _plan_teacher(
 ) -> tuple[PlanLine, TeacherProbe | None]:
     """Requests a teacher will be sent, and what a few of them took."""
     teacher = pipeline.experiment.teachers[name]
-    mine = [row for row in prompts if "*" in teacher.domains or row["domain"] in teacher.domains]
+    mine = [row for row in prompts if teacher.answers(row["domain"])]
     node, expected = f"teacher_outputs/{name}", len(mine) * teacher.sampling.n
     if teacher.server is not None and mine:
         return _plan_served(pipeline, name, mine), None
@@ -188,7 +191,9 @@ def _probe_teacher(pipeline: Pipeline, name: str, prompts: Sequence[dict[str, An
     from distill_pipeline.generation.stage import generate_outputs, missing_requests
 
     teacher = pipeline.experiment.teachers[name]
-    model = _work(pipeline, pipeline.node(f"teacher_outputs/{name}")).answering_model(name)
+    work = _work(pipeline, pipeline.node(f"teacher_outputs/{name}"))
+    work.teacher_terms(name)
+    model = work.answering_model(name)
     missing = missing_requests(
         prompts, teacher=teacher, model=model, generations_dir=pipeline.store.local_folder("generations"),
         device=pipeline.teacher_device, seed=pipeline.experiment.seed,
@@ -241,7 +246,8 @@ def _plan_student(pipeline: Pipeline, name: str, prompts: Sequence[dict[str, Any
     recipe = pipeline.experiment.students[name]
     a_prompt = sum(_most_a_prompt(pipeline, reference) for reference in recipe.data)
     tokens_a_row = None if probe is None else probe.tokens_per_row
-    loads = [stage_load(stage, len(prompts), a_prompt, tokens_a_row) for stage in recipe.stages]
+    training = round(len(prompts) * (1.0 - (recipe.held_out.fraction if recipe.held_out else 0.0)))
+    loads = [stage_load(stage, training, a_prompt, tokens_a_row) for stage in recipe.stages]
     rows, rolled = sum(load.rows for load in loads), sum(load.rollouts for load in loads)
     note = "if the filter accepts everything"
     if rolled:
@@ -250,7 +256,7 @@ def _plan_student(pipeline: Pipeline, name: str, prompts: Sequence[dict[str, Any
     if probe is None:
         return PlanLine(f"student_checkpoint/{name}", rows, tokens, 0, None, note)
     seconds_a_token, parameters = _probe_student(pipeline, name, probe)
-    size = parameters * 4 * TRAINING_COPIES
+    size = parameters * 4 * (TRAINING_COPIES if recipe.lora is None else 1)
     seconds = sum(load.tokens * cost for load, cost in zip(loads, seconds_a_token, strict=True))
     return PlanLine(f"student_checkpoint/{name}", rows, tokens, size, seconds, note)
 
@@ -260,20 +266,21 @@ def _probe_student(pipeline: Pipeline, name: str, probe: TeacherProbe) -> tuple[
     from distill_pipeline.training.stage import train_student
 
     recipe = pipeline.experiment.students[name]
-    one_step: dict[str, Any] = {"max_steps": 1, "batch_prompts": PROBE_PROMPTS}
+    one_step: dict[str, Any] = {"max_steps": 1, "batch_prompts": PROBE_PROMPTS, "early_stop": None}
     own = one_step | {"lambda_": 1.0}
     steps = tuple(s.model_copy(update=own if s.method == "on_policy" and s.lambda_ else one_step) for s in recipe.stages)
     node = pipeline.node(f"student_checkpoint/{name}")
     work = _work(pipeline, node)
     pipeline.progress(f"probe: one step of {name}")
     rows = pa.RecordBatch.from_pylist(_training_rows(probe.training_rows), schema=TRAINING_SCHEMA)
+    system = pipeline.experiment.data_prompts(name, work.teacher_name).shared
     with tempfile.TemporaryDirectory() as folder:
         outcome = train_student(
-            [rows], Path(folder, "out"), Path(folder, "work"), student=recipe.model_copy(update={"stages": steps}),
-            teacher=work.teacher_model(),
+            [rows], Path(folder, "out"), Path(folder, "work"),
+            student=recipe.model_copy(update={"stages": steps, "held_out": None}), teacher=work.teacher_model(),
             init_model=work.model(recipe.init.model) if recipe.init.model else None,
-            system=pipeline.experiment.teachers[work.teacher_name].system, device=pipeline.student_device,
-            seed=pipeline.experiment.seed, progress=silent, signals=pipeline.experiment.signals,
+            system=system, device=pipeline.student_device, seed=pipeline.experiment.seed, progress=silent,
+            signals=pipeline.experiment.signals,
             signal_sources=_probe_signals(work, rows, recipe, Path(folder, "signals")),
         )  # fmt: skip
     facts = outcome.facts
@@ -289,10 +296,10 @@ def _probe_signals(work: Work, rows: pa.RecordBatch, recipe: StudentSpec, folder
     if not recipe.signal_kinds():
         return []
     folder.mkdir()
-    teacher, experiment = work.teacher_model(), work.experiment
+    teacher, experiment = work.teacher_weights(), work.experiment
     capture_signals(
         [rows], folder, folder / "work", signals=experiment.signals, kinds=recipe.signal_kinds(), max_length=recipe.max_length,
-        teacher=teacher, system=experiment.teachers[work.teacher_name].system, device=work.teacher_device,
+        teacher=teacher, system=experiment.teachers[work.teacher_name].system_prompts.shared, device=work.teacher_device,
         seed=experiment.seed, progress=silent,
     )  # fmt: skip
     return [SignalSource("of the probe", folder, teacher.identity)]

@@ -13,15 +13,14 @@ two of them, and the completion right after the last.
 import datetime as dt
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from jinja2 import TemplateError
 
 from distill_pipeline.errors import ConfigError
 from distill_pipeline.hashing import sha256_of
-
-Message = Mapping[str, str]
+from distill_pipeline.system_prompts import Message, with_system
 
 RENDERING_DATE = dt.datetime(2024, 7, 26)
 """What a template gets when it asks for the date: the date that Llama 3's template itself falls back to."""
@@ -57,7 +56,7 @@ class ChatRenderer:
         self.prompt_ids([{"role": "user", "content": _PROBE}])
         document = _tokenizer_document(tokenizer)
         self.tokenizer_sha256: str = sha256_of(document)
-        self.template_sha256: str = sha256_of([tokenizer.chat_template, system, self.end_token_id])
+        self.template_sha256: str = self.template_under(system)
         self.fingerprint: str = sha256_of(["chat-renderer/1", document, tokenizer.chat_template, system, self.end_token_id])
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
@@ -66,12 +65,14 @@ class ChatRenderer:
         Raises:
             ConfigError: the template refuses these messages; the message quotes it.
         """
-        messages = [{"role": message["role"], "content": message["content"]} for message in messages]
-        if self.system is not None and (not messages or messages[0]["role"] != "system"):
-            messages.insert(0, {"role": "system", "content": self.system})
+        messages = with_system(messages, self.system)
         if self.tokenizer.chat_template is None:
             return self._plain_prefix + self._encode("\n\n".join(message["content"] for message in messages))
         return self._encode(self._render(messages, generate=True))
+
+    def template_under(self, system: str | None) -> str:
+        """SHA-256 of chat template, end token and a system prompt: ``template_sha256`` of a renderer that has that one."""
+        return sha256_of([self.tokenizer.chat_template, system, self.end_token_id])
 
     def completion_ids(self, raw_text: str, *, finished: bool) -> list[int]:
         """Ids of a completion's text, and the end token after them if and only if it ``finished``.

@@ -6,25 +6,26 @@ stage depends on beside stored artifacts (source files, models, evaluation docum
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from distill_pipeline.generation.spec import TeacherSpec
+from distill_pipeline.cards.pieces import CARD
 from distill_pipeline.hashing import version_of
-from distill_pipeline.licenses import check_license
 from distill_pipeline.nodes import Stage
 from distill_pipeline.outcome import Outcome
 from distill_pipeline.storage.artifacts import Artifact
 from distill_pipeline.work import Work, evaluation_documents_of, protected_documents, protected_index
 
 if TYPE_CHECKING:
+    from distill_pipeline.models.resolve import ModelFolder
     from distill_pipeline.signals.table import SignalSource
 
-UNHASHED_FILES = frozenset({"report.html", "report.json", "comparison.html", "comparison.json", "leaderboard.json"})
-"""Files whose bytes hold times and costs: they are listed with their hashes but do not make a version."""
+UNHASHED_FILES = frozenset(
+    {"report.html", "report.json", "comparison.html", "comparison.json", "leaderboard.json", "speed.parquet", CARD}
+)
+"""Files that tell of an artifact, some with times and costs: they are listed with their hashes but do not make a version."""
 
 
 # --- what a stage depends on beside stored artifacts ---------------------------------------------------------------
@@ -49,25 +50,23 @@ def _filter_externals(work: Work) -> dict[str, str]:
     return found
 
 
-def _licensed_teacher(work: Work) -> TeacherSpec:
-    """The node's teacher. Raises what :func:`check_license` raises."""
-    teacher = work.experiment.teachers[work.teacher_name]
-    check_license(work.teacher_name, teacher.license, teacher.accept)
-    return teacher
-
-
 def _teacher_externals(work: Work) -> dict[str, str]:
-    teacher = _licensed_teacher(work)
-    return {f"model:{teacher.weights or teacher.model}": work.teacher_model().identity}
+    work.teacher_terms(work.teacher_name)
+    teacher = work.experiment.teachers[work.teacher_name]
+    model = work.teacher_model() or work.answering_model(work.teacher_name)
+    return {f"model:{teacher.weights or teacher.model}": model.identity}
 
 
 def _outputs_externals(work: Work) -> dict[str, str]:
-    teacher = _licensed_teacher(work)
+    work.teacher_terms(work.teacher_name)
+    teacher = work.experiment.teachers[work.teacher_name]
     return {f"model:{teacher.model}": work.answering_model(work.teacher_name).identity}
 
 
 def _student_externals(work: Work) -> dict[str, str]:
     assert work.node.student is not None
+    for name in work.experiment.teachers_of(work.node.student):
+        work.teacher_terms(name)
     found = _teacher_externals(work)
     init = work.experiment.students[work.node.student].init
     return found | ({f"model:{init.model}": work.model(init.model).identity} if init.model else {})
@@ -114,17 +113,21 @@ def _run_teacher_outputs(work: Work, out_dir: Path, input_key: str) -> Outcome:
     from distill_pipeline.generation.stage import generate_outputs
 
     name = work.teacher_name
-    teacher = work.experiment.teachers[name]
-    model = work.answering_model(name)
     outcome = generate_outputs(
-        work.input("prompt_pool").batches(), out_dir, teacher_name=name, teacher=teacher, model=model,
-        generations_dir=work.store.local_folder("generations"), device=work.teacher_device, seed=work.experiment.seed,
-        progress=work.progress,
+        work.input("prompt_pool").batches(), out_dir, teacher_name=name, teacher=work.experiment.teachers[name],
+        model=work.answering_model(name), generations_dir=work.store.local_folder("generations"), device=work.teacher_device,
+        seed=work.experiment.seed, progress=work.progress, compute=work.experiment.compute,
     )  # fmt: skip
+    return Outcome(outcome.counts, _told_of_outputs(work, out_dir, outcome.counts, outcome.facts), outcome.failed_gate)
+
+
+def _told_of_outputs(work: Work, out_dir: Path, counts: Mapping[str, int], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts of a teacher's outputs with who it is and its terms."""
+    name = work.teacher_name
+    teacher, model = work.experiment.teachers[name], work.answering_model(name)
     identity = {"name": name, "model": teacher.model, "revision": model.revision, "identity": model.identity}
-    terms = check_license(name, teacher.license, teacher.accept)
     how = {"engine": teacher.engine, "trust_remote_code": teacher.trust_remote_code}
-    return Outcome(outcome.counts, outcome.facts | {"teacher": identity | terms | how}, outcome.failed_gate)
+    return {**facts, "teacher": identity | work.teacher_terms(name) | how}
 
 
 def _run_scored_outputs(work: Work, out_dir: Path, input_key: str) -> Outcome:
@@ -155,58 +158,120 @@ def _run_filtered_set(work: Work, out_dir: Path, input_key: str) -> Outcome:
         counters={reference: ModelTokenCounter(work.model(reference).path) for reference in rule.tokenizers()},
         compute=work.experiment.compute,
     )  # fmt: skip
-    facts = outcome.facts | {"teacher": work.input("teacher_outputs").manifest.facts["teacher"]}
-    return Outcome(outcome.counts, facts, outcome.failed_gate)
+    return Outcome(outcome.counts, _told_of_set(work, out_dir, outcome.counts, outcome.facts), outcome.failed_gate)
+
+
+def _told_of_set(work: Work, out_dir: Path, counts: Mapping[str, int], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """A filtered set's facts with its teacher's; writes its card."""
+    from distill_pipeline.cards.data_card import write_data_card
+
+    teacher = work.input("teacher_outputs").manifest.facts["teacher"]
+    write_data_card(
+        out_dir, experiment=work.experiment.name, name=work.node.name.removeprefix("filtered_set/"), teacher=teacher,
+        rules=work.node.spec["filter"], pool_spec=work.input("prompt_pool").manifest.made.spec, counts=counts,
+    )  # fmt: skip
+    return {**facts, "teacher": teacher}
 
 
 def _run_teacher_signals(work: Work, out_dir: Path, input_key: str) -> Outcome:
     from distill_pipeline.training.capture import capture_signals
+    from distill_pipeline.training.reading import rows_under_prompts
 
     data = work.input("filtered_set")
+    prompts = work.experiment.teachers[work.teacher_name].system_prompts
+    system, rows = rows_under_prompts([(_training_rows(data), prompts)])
     kinds, max_length = work.experiment.wanted_signals()[work.node.name.split("/", 1)[1]]
     outcome = capture_signals(
-        _training_rows([data]), out_dir, work.store.work_dir(work.node.name, input_key), signals=work.experiment.signals,
-        kinds=kinds, max_length=max_length, teacher=work.teacher_model(),
-        system=work.experiment.teachers[work.teacher_name].system, device=work.teacher_device, seed=work.experiment.seed,
-        progress=work.progress,
+        rows, out_dir, work.store.work_dir(work.node.name, input_key), signals=work.experiment.signals, kinds=kinds,
+        max_length=max_length, teacher=work.teacher_weights(), system=system, device=work.teacher_device,
+        seed=work.experiment.seed, progress=work.progress,
     )  # fmt: skip
     return Outcome(outcome.counts, outcome.facts | {"teacher": data.manifest.facts["teacher"]}, outcome.failed_gate)
 
 
 def _run_student_checkpoint(work: Work, out_dir: Path, input_key: str) -> Outcome:
     from distill_pipeline.training.parallel import ALONE
+    from distill_pipeline.training.reading import rows_under_prompts
     from distill_pipeline.training.stage import train_student
 
     assert work.node.student is not None
     processes = work.processes or ALONE
     processes.tell(work=True)
-    recipe = work.experiment.students[work.node.student]
-    teacher = work.experiment.teachers[work.teacher_name]
-    sets = [artifact for name, artifact in work.inputs.items() if name.startswith("filtered_set/")]
+    student, recipe = work.node.student, work.experiment.students[work.node.student]
+    sets = _sets(work)
+    system, rows = rows_under_prompts(
+        (_training_rows(data), work.experiment.data_prompts(student, data.name.split("/")[1])) for data in sets
+    )
     outcome = train_student(
-        _training_rows(sets), out_dir, work.store.work_dir(work.node.name, input_key), student=recipe,
-        teacher=work.teacher_model(), init_model=work.model(recipe.init.model) if recipe.init.model else None,
-        system=teacher.system, device=work.student_device, seed=work.experiment.seed, progress=work.progress,
-        signals=work.experiment.signals, signal_sources=_signal_sources(work, sets), processes=processes,
+        rows, out_dir, work.store.work_dir(work.node.name, input_key), student=recipe, teacher=work.teacher_model(),
+        init_model=_init_model(work), system=system, device=work.student_device, seed=work.experiment.seed,
+        progress=work.progress, signals=work.experiment.signals, signal_sources=_signal_sources(work, sets, system),
+        processes=processes,
     )  # fmt: skip
-    teachers = {facts["name"]: facts for facts in (data.manifest.facts["teacher"] for data in sets)}
-    return Outcome(outcome.counts, outcome.facts | {"teachers": list(teachers.values())}, outcome.failed_gate)
+    return Outcome(outcome.counts, _told_of_student(work, out_dir, outcome.counts, outcome.facts), outcome.failed_gate)
 
 
-def _signal_sources(work: Work, sets: Iterable[Artifact]) -> "list[SignalSource]":
-    """Where the signals of each set lie that the student reads, beside who wrote its completions."""
+def _told_of_student(work: Work, out_dir: Path, counts: Mapping[str, int], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """A student's facts with those of its teachers and its name; writes its card."""
+    from distill_pipeline.cards.model_card import student_name, write_model_card
+
+    assert work.node.student is not None
+    experiment, student, sets = work.experiment.name, work.node.student, _sets(work)
+    init = work.experiment.students[student].init
+    teachers = list({facts["name"]: facts for facts in (data.manifest.facts["teacher"] for data in sets)}.values())
+    write_model_card(
+        out_dir, experiment=experiment, student=student, init=init.document(), teachers=teachers, sets=sets,
+        base=_init_model(work) or (work.teacher_model() if init.prune else None), counts=counts, facts=facts,
+        seed=work.experiment.seed,
+    )  # fmt: skip
+    return {**facts, "teachers": teachers, "published_name": student_name(experiment, student, teachers)}
+
+
+def _sets(work: Work) -> list[Artifact]:
+    """The filtered sets that a student is trained on."""
+    return [artifact for name, artifact in work.inputs.items() if name.startswith("filtered_set/")]
+
+
+def _init_model(work: Work) -> "ModelFolder | None":
+    """The model whose weights a student begins with, where it is not its teacher."""
+    reference = work.experiment.students[str(work.node.student)].init.model
+    return work.model(reference) if reference else None
+
+
+_TOLD: Mapping[Stage, Callable[[Work, Path, Mapping[str, int], Mapping[str, Any]], dict[str, Any]]] = {
+    "teacher_outputs": _told_of_outputs, "filtered_set": _told_of_set, "student_checkpoint": _told_of_student,
+}  # fmt: skip
+
+
+def told_anew(work: Work, found: Artifact) -> Artifact:
+    """A stored artifact, with card and facts renewed where its teachers' terms have changed since; its content stays."""
+    tell = _TOLD.get(work.node.stage)
+    if tell is None:
+        return found
+    with work.store.draft() as folder:
+        facts = tell(work, folder, found.manifest.counts, found.manifest.facts)
+        has_card = {entry.name for entry in folder.iterdir()} <= {entry.path for entry in found.manifest.files}
+        if has_card and facts == found.manifest.facts:
+            return found
+        return work.store.retell(found, folder, facts, inputs=work.inputs.values())
+
+
+def _signal_sources(work: Work, sets: Iterable[Artifact], system: str | None) -> "list[SignalSource]":
+    """Where the signals of each set lie that the student reads, beside who wrote its completions, and under what."""
     from distill_pipeline.signals.table import SignalSource
 
     found = []
     for data in sets:
         name = data.name.replace("filtered_set/", "teacher_signals/")
         if name in work.inputs:
-            found.append(SignalSource(name, work.inputs[name].local_dir(), data.manifest.facts["teacher"]["identity"]))
+            own = None if system is not None else work.experiment.teachers[data.name.split("/")[1]].system_prompts.shared
+            identity = data.manifest.facts["teacher"]["identity"]
+            found.append(SignalSource(name, work.inputs[name].local_dir(), identity, own))
     return found
 
 
-def _training_rows(sets: Iterable[Artifact]) -> Iterator[pa.RecordBatch]:
-    return chain.from_iterable(data.batches(prefix="train-") for data in sets)
+def _training_rows(data: Artifact) -> Iterator[pa.RecordBatch]:
+    return data.batches(prefix="train-")
 
 
 def _run_eval_report(work: Work, out_dir: Path, input_key: str) -> Outcome:

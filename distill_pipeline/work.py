@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from distill_pipeline.errors import ConfigError
 from distill_pipeline.experiment import Experiment
@@ -51,17 +51,43 @@ class Work:
         assert self.node.teacher is not None, f"{self.node.name} has no teacher"
         return self.node.teacher
 
-    def teacher_model(self) -> "ModelFolder":
-        """The folder of the node's teacher. Raises ConfigError for one that is only served."""
+    def teacher_model(self) -> "ModelFolder | None":
+        """The folder of the node's teacher; None for one that is only an API."""
         teacher = self.experiment.teachers[self.teacher_name]
         if teacher.engine == "openai":
-            if teacher.weights is None:
-                raise ConfigError(
-                    f"teacher {self.teacher_name} is served, and this needs its weights: set "
-                    f"teachers.{self.teacher_name}.weights to the same model as a Hub id or folder."
-                )
-            return self.model(teacher.weights)
+            return self.model(teacher.weights) if teacher.weights else None
         return self.model(teacher.model, teacher.revision)
+
+    def teacher_weights(self) -> "ModelFolder":
+        """The folder of the node's teacher, for what looks into it. Raises ConfigError for one that is only an API."""
+        folder = self.teacher_model()
+        if folder is None:
+            raise ConfigError(
+                f"teacher {self.teacher_name} is only an API, and this needs its weights: set "
+                f"teachers.{self.teacher_name}.weights to the same model as a Hub id or folder."
+            )
+        return folder
+
+    def teacher_terms(self, name: str) -> dict[str, Any]:
+        """The licence facts of a teacher, decided before its model is loaded or asked.
+
+        Raises:
+            LicenseError: see :func:`distill_pipeline.licenses.check_license`.
+        """
+        from distill_pipeline.licenses import check_license
+        from distill_pipeline.models.resolve import declared_license
+
+        teacher = self.experiment.teachers[name]
+        urls = teacher.server.base_url if teacher.server is not None else ()
+        stated = check_license(name, teacher.license, teacher.accept, base_urls=urls) if teacher.license else None
+        model, revision = (teacher.model, teacher.revision) if teacher.server is None else (teacher.weights, None)
+        if model is None:
+            return stated or check_license(name, None, teacher.accept, base_urls=urls)
+        declared = declared_license(
+            model, models_dir=self.store.local_folder("models"), base_dir=self.experiment.base_dir, revision=revision,
+            progress=self.progress,
+        )  # fmt: skip
+        return check_license(name, teacher.license, teacher.accept, declared=declared, base_urls=urls)
 
     def answering_model(self, name: str, revision: str | None = None) -> "TeacherModel":
         """A teacher as it answers: a folder, or a model at a server; ``revision`` goes before its own."""

@@ -69,13 +69,14 @@ def make_model(*, layers: int, seed: int, hidden: int = 32, vocab_size: int = 30
     return model.eval()
 
 
-def save_tiny_model(folder: Path, *, layers: int, seed: int) -> Path:
+def save_tiny_model(folder: Path, *, layers: int, seed: int, hidden: int = 32, scale: float = 8.0) -> Path:
     """Write a tiny model and its tokenizer as a model folder."""
     from distill_pipeline.models.load import silent_bars
 
     tokenizer = make_tokenizer()
     with silent_bars():
-        make_model(layers=layers, seed=seed, vocab_size=len(tokenizer)).save_pretrained(folder)
+        model = make_model(layers=layers, seed=seed, hidden=hidden, vocab_size=len(tokenizer), scale=scale)
+        model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -90,6 +91,12 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_teacher_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Another random Llama with the same tokenizer, of 4 layers."""
     return save_tiny_model(tmp_path_factory.mktemp("tiny_teacher"), layers=4, seed=1)
+
+
+@pytest.fixture(scope="session")
+def wide_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama whose heads are 32 wide: narrower ones are no model to the kernels of other engines."""
+    return save_tiny_model(tmp_path_factory.mktemp("wide_model"), layers=2, seed=2, hidden=128, scale=4.0)
 
 
 @pytest.fixture(scope="session")

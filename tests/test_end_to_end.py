@@ -19,6 +19,8 @@ import yaml
 
 from distill_pipeline.errors import EmptyResultError, MissingInputError
 from distill_pipeline.experiment import load_experiment
+from distill_pipeline.hashing import files_version
+from distill_pipeline.lineage import lineage_lines, open_folder, trace
 from distill_pipeline.pipeline import Pipeline
 from distill_pipeline.storage.artifacts import Artifact, ArtifactStore
 
@@ -50,6 +52,7 @@ def score(doc, results):
 """
 
 
+CARDED = ("filtered_set/small/every", "student_checkpoint/scratch")
 EAGER = """\
 from functools import partial
 import distill_pipeline.generation.stage as generation
@@ -100,6 +103,19 @@ class World:
         (self.folder / "prompts").mkdir(exist_ok=True)
         (self.folder / "prompts" / f"from_{numbers.start}.jsonl").write_text("".join(lines))
 
+    def add_two_teachers(self, other: Path) -> None:
+        """A second domain of ten prompts, and a teacher for each of the two."""
+        (self.folder / "sums").mkdir()
+        lines = [json.dumps({"prompt": f"add {n} to {n * n}", "reference": "e"}) + "\n" for n in range(10)]
+        (self.folder / "sums" / "prompts.jsonl").write_text("".join(lines))
+        self.document["prompt_pool"]["sources"].append({"path": "sums", "domain": "sums", "license": "cc0-1.0"})
+        small = self.document["teachers"]["small"]
+        more = {"license": "apache-2.0", "domains": ["sums"], "systems": {"sums": "count"}}
+        self.document["teachers"] = {
+            "small": small | {"domains": ["words"], "system": "be brief"},
+            "adder": small | {"model": str(other)} | more,
+        }
+
     def save(self) -> None:
         self.file.write_text(yaml.safe_dump(self.document))
 
@@ -109,7 +125,7 @@ class World:
 
     def make_all(self) -> dict[str, Artifact]:
         pipeline = self.pipeline()
-        return {name: pipeline.make(name) for name in pipeline.nodes if name != "filtered_set/small/strict"}
+        return {name: pipeline.make(name) for name in pipeline.nodes if not name.endswith("/strict")}
 
     def command(self, *words: str) -> subprocess.Popen[bytes]:
         """``distill`` on this experiment as a process of its own, which writes down what it has every few rows and steps."""
@@ -120,6 +136,34 @@ class World:
 @pytest.fixture
 def world(tmp_path: Path, tiny_teacher_dir: Path) -> World:
     return World(tmp_path, tiny_teacher_dir)
+
+
+def test_cards_tell_the_terms_and_make_no_version(world: World) -> None:
+    def made(reason: str | None) -> list[Artifact]:
+        world.document["teachers"]["small"] |= {"license": "llama3.1", "accept": reason}
+        world.save()
+        return [world.pipeline().make(name) for name in ("teacher_outputs/small", "scored_outputs/small", *CARDED)]
+
+    world.pipeline().make("prompt_pool")
+    *_, first_data, first_student = made(None)
+    cards = [Path(artifact.uri, "README.md").read_text() for artifact in (first_data, first_student)]
+    for artifact in (first_data, first_student):
+        content = {entry.path: entry.sha256 for entry in artifact.manifest.files if entry.path != "README.md"}
+        assert artifact.version == files_version(content), "cards are no content"
+    assert "# Llama\\-tiny\\-scratch\n" in cards[1]
+    assert first_student.manifest.facts["published_name"] == "Llama-tiny-scratch"
+    assert all("the student's name begins with Llama" in card for card in cards)
+    *_, data, student = made("so agreed in a letter")
+    assert (data.version, student.version) == (first_data.version, first_student.version)
+    again = [Path(artifact.uri, "README.md").read_text() for artifact in (data, student)]
+    assert all("accepted because: so agreed in a letter" in card for card in again)
+    said = "\n".join(lineage_lines(trace(open_folder(Path(student.uri)))))
+    assert said.count("accepted because: so agreed in a letter") >= 2
+    assert "[verified]" in said
+    Path(student.uri, "README.md").write_text("another card")
+    assert trace(open_folder(Path(student.uri))).first_difference is not None
+    *_, data, student = made(None)
+    assert [Path(artifact.uri, "README.md").read_text() for artifact in (data, student)] == cards, "equal work, equal cards"
 
 
 def test_the_whole_graph_is_made_once_and_then_nothing_is_done(world: World) -> None:
@@ -164,6 +208,95 @@ def test_students_of_stored_signals_are_planned_made_once_and_traced(world: Worl
     world.save()
     with pytest.raises(MissingInputError, match="distill signals EXPERIMENT small/every"):
         world.pipeline().make("student_checkpoint/topk")
+
+
+def test_a_measured_student_of_adapters_is_planned_made_once_and_reported(world: World) -> None:
+    from distill_pipeline.planning import plan_experiment
+
+    recipe = world.document["students"]["kl"]
+    recipe |= {"held_out": {"fraction": 0.2, "every": 2}, "lora": {"rank": 2}, "gradient_checkpointing": True}
+    recipe["stages"][0] |= {"early_stop": {"patience": 2}, "schedule": "wsd"}
+    world.save()
+    lines = {line.node: line for line in plan_experiment(world.pipeline())}
+    assert lines["student_checkpoint/kl"].seconds is not None
+    assert lines["student_checkpoint/kl"].rows < lines["student_checkpoint/scratch"].rows
+    made = world.make_all()
+    assert all(artifact.reused for artifact in world.make_all().values())
+    student, report = made["student_checkpoint/kl"], made["eval_report/kl"]
+    assert student.manifest.counts["held_out_rows"] > 0
+    curve = report.read_json("report.json")["curve"]
+    assert {"held_out_kl", "held_out_top1", "tokens_per_second", "peak_memory_bytes"} <= curve[-1].keys()
+    assert "Same likeliest token as the teacher, held out" in (report.local_dir() / "report.html").read_text()
+    again = world.pipeline(force=True).make("student_checkpoint/kl")
+    assert again.version == student.version
+    recipe["gradient_checkpointing"] = False
+    world.save()
+    assert world.pipeline().make("student_checkpoint/kl").reused
+
+
+def test_two_teachers_answer_their_own_domains_and_a_student_of_both_has_each_row_from_its_teacher(
+    world: World, tiny_model_dir: Path
+) -> None:
+    from distill_pipeline.lineage import lineage_lines, open_folder, trace
+
+    world.add_two_teachers(tiny_model_dir)
+    both = {"data": ["small/every", "adder/every"], "init": {"prune": {"layers": 2}}}
+    world.document["students"] = {
+        "texts": both | {"stages": [{"method": "sft", "batch_prompts": 8, "lr": 1e-3}]},
+        "stored": both | {"stages": [{"method": "logit_kd", "signal": "topk", "batch_prompts": 8, "lr": 1e-3}]},
+    }
+    world.document["evaluation"]["domains"] = {"tiny_heldout": "words"}
+    world.save()
+    made = world.make_all()
+    domains = {row["prompt_id"]: row["domain"] for row in made["prompt_pool"].rows()}
+    for teacher, domain, prompts in (("small", "words", 40), ("adder", "sums", 10)):
+        rows = list(made[f"teacher_outputs/{teacher}"].rows())
+        assert len(rows) == 3 * prompts
+        assert {(row["teacher"], domains[row["prompt_id"]]) for row in rows} == {(teacher, domain)}
+        signals, outputs = (
+            made[name].manifest.facts for name in (f"teacher_signals/{teacher}/every", f"teacher_outputs/{teacher}")
+        )
+        assert signals["headers"]["topk"]["teacher"] == outputs["teacher"]["identity"]
+    for student in ("texts", "stored"):
+        checkpoint = made[f"student_checkpoint/{student}"]
+        assert checkpoint.manifest.counts["trained_completions"] == 3 * (40 + 10)
+        terms = [(found["name"], found["license"]) for found in checkpoint.manifest.facts["teachers"]]
+        assert terms == [("small", "mit"), ("adder", "apache-2.0")]
+    text = "\n".join(lineage_lines(trace(open_folder(world.root / "student_checkpoint" / "texts"))))
+    for found in made["student_checkpoint/texts"].manifest.facts["teachers"]:
+        assert f"teacher {found['model']} ({found['license']}: {found['verdict']})" in text
+    report = made["eval_report/texts"].read_json("report.json")
+    assert report["teacher"] == "small+adder"
+    assert {name: found["completions"] for name, found in report["yields"].items()} == {"small/every": 120, "adder/every": 30}
+    assert {stage["stage"] for stage in report["funnel"]} > {"answers of adder", "answers of small"}
+    assert [found["license"] for found in report["teachers"]] == ["mit", "apache-2.0"]
+    assert report["held_out"]["student"]["forward_kl"] > 0
+    leaderboard = made["comparison"].read_json("leaderboard.json")
+    assert {row["name"]: (row["prompts"], row["completions"]) for row in leaderboard["filters"]} == {
+        "small/every": (40, 120), "adder/every": (10, 30),
+    }  # fmt: skip
+    page = (made["comparison"].local_dir() / "comparison.html").read_text()
+    assert "small/every" in page
+    assert "adder/every" in page
+    assert all(artifact.reused for artifact in world.make_all().values())
+
+
+def test_a_system_prompt_may_be_left_out_so_that_it_becomes_part_of_the_weights(world: World) -> None:
+    world.document["teachers"]["small"]["system"] = "be brief"
+    told = world._student("sft", {"scratch": {"layers": 2}})
+    world.document["students"] = {
+        "told": told, "untold": told | {"system": "none"}, "answers": told | {"target": "both", "answer_weight": 0.3},
+    }  # fmt: skip
+    world.save()
+    made = world.make_all()
+    facts = {name: made[f"student_checkpoint/{name}"].manifest.facts for name in ("told", "untold", "answers")}
+    assert facts["told"]["renderer"] == facts["answers"]["renderer"] != facts["untold"]["renderer"]
+    for name in ("told", "answers"):
+        assert made[f"eval_report/{name}"].read_json("report.json")["held_out"]["student"]["forward_kl"] is not None
+    held_out = made["eval_report/untold"].read_json("report.json")["held_out"]["student"]
+    assert (held_out["forward_kl"], held_out["reason"]) == (None, "it is never asked under the system prompts of its teacher")
+    counts = made["student_checkpoint/answers"].manifest.counts
+    assert (counts["reasoning_tokens"], counts["answer_tokens"]) == (0, counts["data_tokens"])
 
 
 def test_ten_new_prompts_send_ten_to_the_teacher(world: World) -> None:
@@ -247,7 +380,7 @@ def test_every_ancestor_of_a_student_is_in_its_own_folder(world: World) -> None:
         assert lines[place + 1].strip() == ", ".join(
             f"{key} {count:,}" for key, count in artifact.manifest.counts.items() if count
         )
-    assert "(mit: free)" in text
+    assert "(mit: allowed)" in text
     part = next((world.root / "teacher_outputs" / "small").glob("*/part-*.parquet"))
     part.write_bytes(part.read_bytes()[:-1] + b"x")
     broken = trace(open_folder(world.root / "student_checkpoint" / "kl"))

@@ -7,14 +7,11 @@ says what accuracy cannot: whether the student imitates the teacher also where b
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from distill_pipeline.errors import VocabularyMismatchError
-from distill_pipeline.evaluation.forcing import LOGIT_CELLS
-from distill_pipeline.losses import forward_kl
 from distill_pipeline.rendering import ChatRenderer
-from distill_pipeline.training.batches import Example, micro_batches
-from distill_pipeline.training.layout import choose_layout, place_logits
+from distill_pipeline.training.batches import Example
+from distill_pipeline.training.held_out import teacher_agreement
+from distill_pipeline.training.layout import choose_layout
 
 
 def held_out_divergence(
@@ -40,30 +37,24 @@ def held_out_divergence(
         ``{"forward_kl", "top1_agreement", "tokens", "answers", "reason"}``; the first two are None, and ``reason`` says
         why, where they cannot be known. A student equal to its teacher gives 0 and 1.
     """
-    vocabulary = renderer.vocab_size
-    unknown = {"forward_kl": None, "top1_agreement": None, "tokens": 0, "answers": 0}
     try:
         _check_vocabularies(student, teacher, renderer, teacher_renderer)
     except VocabularyMismatchError as err:
-        return {**unknown, "reason": str(err)}
+        return unknown_divergence(str(err))
     examples = _answered_examples(renderer, samples)
     if not examples:
-        return {**unknown, "reason": "the evaluation has no task in which the teacher writes an answer"}
+        return unknown_divergence("the evaluation has no task in which the teacher writes an answer")
     layout, _ = choose_layout([student, teacher], max(len(example.prompt) + example.num_tokens for example in examples))
-    kl_sum, agreed, tokens = 0.0, 0, 0
-    for part in micro_batches(examples, layout=layout, max_tokens=LOGIT_CELLS // vocabulary, pad_id=renderer.end_token_id):
-        batch = part.to(device)
-        with torch.inference_mode():
-            teacher_PV = place_logits(teacher, batch)[:, :vocabulary].float()
-            student_PV = place_logits(student, batch)[:, :vocabulary].float()
-        # A place that several answers run through stands for as many tokens.
-        place_N = batch.targets.pair_position_N.repeat_interleave(batch.targets.pair_weight_N.long())
-        teacher_NV, student_NV = teacher_PV[place_N], student_PV[place_N]
-        kl_sum += float(forward_kl(student_NV[None], teacher_NV[None], torch.zeros_like(place_N)[None])) * len(place_N)
-        agreed += int((teacher_NV.argmax(dim=-1) == student_NV.argmax(dim=-1)).sum())
-        tokens += len(place_N)
-    means = {"forward_kl": kl_sum / tokens, "top1_agreement": agreed / tokens}
-    return {**means, "tokens": tokens, "answers": len(examples), "reason": None}
+    found = teacher_agreement(
+        student, teacher, examples, layout=layout, pad_id=renderer.end_token_id, vocab_size=renderer.vocab_size, device=device
+    )
+    means = {"forward_kl": found.forward_kl, "top1_agreement": found.top1_agreement}
+    return {**means, "tokens": found.num_tokens, "answers": len(examples), "reason": None}
+
+
+def unknown_divergence(reason: str) -> dict[str, Any]:
+    """The result of :func:`held_out_divergence` where there is none."""
+    return {"forward_kl": None, "top1_agreement": None, "tokens": 0, "answers": 0, "reason": reason}
 
 
 def _answered_examples(renderer: ChatRenderer, samples: Sequence[dict[str, Any]]) -> list[Example]:
@@ -72,7 +63,7 @@ def _answered_examples(renderer: ChatRenderer, samples: Sequence[dict[str, Any]]
     for index, sample in enumerate(samples):
         if sample.get("messages") is None or sample.get("finish_reason") in (None, "error"):
             continue
-        answer = renderer.completion_ids(sample["answer"], finished=sample["finish_reason"] == "stop")
+        answer = renderer.completion_ids(sample.get("raw_text", sample["answer"]), finished=sample["finish_reason"] == "stop")
         if answer:
             examples.append(Example(str(index), tuple(renderer.prompt_ids(sample["messages"])), (tuple(answer),)))
     return examples

@@ -12,13 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill_pipeline.models.forward import column_logits
+from distill_pipeline.models.forward import LOGIT_CELLS, column_logits
 
 IGNORED = -100
 """Label of positions that are no completion token."""
-
-LOGIT_CELLS = 32_000_000
-"""Most logits of one forward pass: 128 MB in float32."""
 
 Row = tuple[list[int], list[int]]
 """Token ids of a prompt (at least one) and of its completion."""

@@ -21,6 +21,7 @@ from distill_pipeline.errors import ConfigError
 from distill_pipeline.evaluation.forcing import IGNORED, Row, batches_of, completion_logits
 from distill_pipeline.generation.engine import Request, TransformersEngine
 from distill_pipeline.outcome import Progress
+from distill_pipeline.reasoning import opening_of, split_reasoning
 from distill_pipeline.rendering import ChatRenderer
 
 DEFAULT_ANSWER_TOKENS = 256
@@ -48,9 +49,12 @@ class RenderedPrompt(str):
 
 
 class GeneratedText(str):
-    """An answer, cut before the first ``until`` string, and why it ended: ``stop``, ``until``, ``length`` or ``error``."""
+    """An answer, without reasoning, cut before the first ``until`` string, and why it ended: ``stop``, ``until``, ``length``
+    or ``error``. One that was cut inside its reasoning is empty."""
 
     finish_reason: str
+    raw_text: str
+    """With the reasoning."""
 
 
 class EvaluatedModel(LM):  # type: ignore[misc]
@@ -67,6 +71,7 @@ class EvaluatedModel(LM):  # type: ignore[misc]
         self.batch_size = batch_size
         self._device = device
         self.engine = TransformersEngine(model, renderer)
+        self._opened = opening_of(renderer)
         config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
         self.max_length: int = getattr(config, "max_position_embeddings", None) or DEFAULT_CONTEXT
 
@@ -125,7 +130,7 @@ class EvaluatedModel(LM):  # type: ignore[misc]
         for index, request in enumerate(requests):
             groups.setdefault(repr(sorted(request.args[1].items())), []).append(index)
         for indices in groups.values():
-            settings = _settings(requests[indices[0]].args[1], requests[indices[0]].task_name)
+            settings = generation_settings(requests[indices[0]].args[1], requests[indices[0]].task_name)
             prompts = {
                 index: (self._request_key(requests[index], index), self.prompt_ids(requests[index].args[0]))
                 for index in indices
@@ -152,7 +157,8 @@ class EvaluatedModel(LM):  # type: ignore[misc]
                 index = by_key[completion.key]
                 tokens = written.pop(index) + list(completion.token_ids)
                 is_full = spent > 0 and completion.finish_reason == "error"  # the answer reached the end of the context
-                answer = _cut(self.renderer.decode(tokens), until, "length" if is_full else completion.finish_reason)
+                reason = "length" if is_full else completion.finish_reason
+                answer = cut_answer(self.renderer.decode(tokens), until, reason, self._opened)
                 cut_short = len(completion.token_ids) < budget
                 if answer.finish_reason == "length" and not cut_short and len(tokens) < max_tokens:
                     written[index] = tokens
@@ -209,14 +215,21 @@ def _fit(row: Row, max_length: int) -> Row:
     return prompt[-max(1, max_length + 1 - len(completion)) :], completion
 
 
-def _cut(text: str, until: Sequence[str], finish_reason: str) -> GeneratedText:
+def cut_answer(text: str, until: Sequence[str], finish_reason: str, opened: str = "") -> GeneratedText:
+    """An answer up to the first of the strings that end it, without its reasoning.
+
+    Args:
+        opened: as :func:`split_reasoning` takes it.
+    """
     ends = [position for stop in until if stop and (position := text.find(stop)) >= 0]
-    answer = GeneratedText(text[: min(ends)] if ends else text)
-    answer.finish_reason = "until" if ends else finish_reason
+    text = text[: min(ends)] if ends else text
+    reasoning, said = split_reasoning(text, opened=opened)
+    answer = GeneratedText(text if reasoning is None else said)
+    answer.finish_reason, answer.raw_text = "until" if ends else finish_reason, text
     return answer
 
 
-def _settings(kwargs: Mapping[str, Any], task: str | None) -> dict[str, Any]:
+def generation_settings(kwargs: Mapping[str, Any], task: str | None) -> dict[str, Any]:
     """A task's generation settings as arguments of the engine. Raises ConfigError for those it does not know."""
     known = normalize_gen_kwargs(dict(kwargs), DEFAULT_ANSWER_TOKENS)
     if strange := sorted(key for key in known if key not in PARAMETERS and known[key] != INERT.get(key, object())):

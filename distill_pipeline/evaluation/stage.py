@@ -8,8 +8,9 @@ where it has several.
 
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,16 @@ import torch
 from distill_pipeline.errors import ConfigError
 from distill_pipeline.evaluation.divergence import held_out_divergence
 from distill_pipeline.evaluation.tasks import hints_off, open_tasks
+from distill_pipeline.hashing import sha256_of
 from distill_pipeline.outcome import Progress
 from distill_pipeline.rendering import ChatRenderer
+from distill_pipeline.system_prompts import with_system
 
 SEED = 1234
 """Of few-shot examples and sampled answers: lm-eval's own default, so that numbers compare with published ones."""
+
+
+_BY_TASK = ("tasks", "primary", "subtasks")
 
 
 def evaluate_model(
@@ -50,22 +56,42 @@ def evaluate_model(
         a task with ``subtasks``; ``primary`` {task: metric}; ``requested``, the tasks and groups that were asked for;
         ``subtasks`` {group: [task]}; ``samples``, one a document: ``task``, ``doc_id``, ``prompt`` (the last user message),
         ``messages`` (null for tasks without a prompt), ``target``, ``answer``, ``finish_reason`` (stop, until, length, error;
-        null where nothing was generated) and ``metrics`` {metric: number}; ``renderer``, ``limit`` and ``lm_eval_version``.
+        null where nothing was generated), ``metrics`` {metric: number} and, where it reasoned, ``raw_text``; ``renderer``,
+        ``limit`` and ``lm_eval_version``.
     Raises:
         ConfigError: a task is unknown, cannot be loaded, or runs model-written code.
     """
-    import lm_eval
-
     from distill_pipeline.evaluation.language_model import EvaluatedModel
 
     renderer = ChatRenderer(tokenizer, system=system)
     subject = EvaluatedModel(model, renderer, batch_size=batch_size, device=device, progress=progress)
+    return evaluate_subject(
+        subject, tasks=tasks, include_path=include_path, limit=limit, has_template=tokenizer.chat_template is not None,
+        renderer=renderer.fingerprint,
+    )  # fmt: skip
+
+
+def evaluate_subject(
+    subject: Any, *, tasks: Sequence[str], include_path: str | None, limit: int | None, has_template: bool, renderer: str
+) -> dict[str, Any]:
+    """What :func:`evaluate_model` returns, of any model that lm-eval can ask.
+
+    Args:
+        subject: an ``lm_eval.api.model.LM`` whose prompts and answers are those of
+            :mod:`distill_pipeline.evaluation.language_model`.
+        has_template: whether prompts are conversations.
+        renderer: the fingerprint of how they are rendered.
+    Raises:
+        ConfigError: as :func:`evaluate_model`.
+    """
+    import lm_eval
+
     with _random_state_kept(), hints_off():
         manager, opened = open_tasks(tasks, include_path)
         _refuse_unsafe(opened["tasks"])
         results = lm_eval.simple_evaluate(
             model=subject, tasks=list(tasks), task_manager=manager, limit=limit, bootstrap_iters=0,
-            log_samples=True, fewshot_as_multiturn=True, apply_chat_template=tokenizer.chat_template is not None,
+            log_samples=True, fewshot_as_multiturn=True, apply_chat_template=has_template,
             random_seed=SEED, numpy_random_seed=SEED, torch_random_seed=SEED, fewshot_random_seed=SEED,
         )  # fmt: skip
     samples = [sample for name in results["samples"] for sample in _samples_of(name, results["samples"][name])]
@@ -77,10 +103,36 @@ def evaluate_model(
         "requested": [name for name in _requested(tasks, results) if name in metrics],
         "subtasks": {group: _leaves(group, results["group_subtasks"]) for group in results["group_subtasks"]},
         "samples": samples,
-        "renderer": renderer.fingerprint,
+        "renderer": renderer,
         "limit": limit,
         "lm_eval_version": lm_eval.__version__,
     }
+
+
+def evaluate_by_system(model: Any, tokenizer: Any, *, systems: Mapping[str, str | None], **options: Any) -> dict[str, Any]:
+    """As :func:`evaluate_model`, each task under its own system prompt; where there are several, ``messages`` begin with them.
+
+    Args:
+        systems: the system prompt of each task, in the order of the tasks.
+        options: the other keywords of :func:`evaluate_model`.
+    """
+    return by_system(partial(evaluate_model, model, tokenizer, **options), systems)
+
+
+def by_system(evaluate: Callable[..., dict[str, Any]], systems: Mapping[str, str | None]) -> dict[str, Any]:
+    """The results of ``evaluate(tasks=..., system=...)`` for each system prompt's tasks, as one."""
+    groups: dict[str | None, list[str]] = {}
+    for task, system in systems.items():
+        groups.setdefault(system, []).append(task)
+    parts = [evaluate(tasks=tasks, system=system) for system, tasks in groups.items()]
+    if len(parts) == 1:
+        return parts[0]
+    for system, part in zip(groups, parts, strict=True):
+        for sample in part["samples"]:
+            sample["messages"] = sample["messages"] and with_system(sample["messages"], system)
+    joined = {name: {key: value for part in parts for key, value in part[name].items()} for name in _BY_TASK}
+    listed = {name: [item for part in parts for item in part[name]] for name in ("requested", "samples")}
+    return parts[0] | joined | listed | {"renderer": sha256_of([part["renderer"] for part in parts])}
 
 
 def _refuse_unsafe(tasks: Mapping[str, Any]) -> None:
@@ -131,10 +183,12 @@ def _sample(task: str, row: Mapping[str, Any]) -> dict[str, Any]:
         answer = choices[int(np.argmax([repeats[0][0] for repeats in row["resps"][: len(choices)]]))]
     else:
         answer = ""
+    raw_text = getattr(first, "raw_text", None)
+    thought = {} if raw_text is None or raw_text == str(first) else {"raw_text": prefix + raw_text}
     return {
         "task": task, "doc_id": row["doc_id"], "prompt": users[-1] if users else str(prompt),
         "messages": [dict(message) for message in messages] if messages else None, "target": _target_text(row),
-        "answer": answer, "finish_reason": finish_reason, "metrics": {},
+        "answer": answer, "finish_reason": finish_reason, "metrics": {}, **thought,
     }  # fmt: skip
 
 
@@ -209,4 +263,4 @@ def _leaves(name: str, groups: Mapping[str, Sequence[str]]) -> list[str]:
     return [leaf for child in groups[name] for leaf in _leaves(child, groups)] if name in groups else [name]
 
 
-__all__ = ["evaluate_model", "held_out_divergence"]
+__all__ = ["evaluate_by_system", "evaluate_model", "held_out_divergence"]

@@ -10,12 +10,12 @@ import re
 
 from distill_pipeline.filtering.repetition import repetition_fault
 from distill_pipeline.filtering.spec import RepetitionSpec
+from distill_pipeline.reasoning import THINK_TAGS
 
 REFUSAL_HEAD_CHARS = 200
 REFUSAL_MAX_CHARS = 600
 """A longer answer says more than no."""
 
-THINK_TAGS = {"<think>": "</think>", "<thinking>": "</thinking>", "<|begin_of_thought|>": "<|end_of_thought|>"}
 _THINK_OPENINGS = tuple(THINK_TAGS)
 
 _QUOTES = str.maketrans(dict.fromkeys("\u2018\u2019\u02bc\u2032\u00b4`", "'"))

@@ -7,27 +7,31 @@ never left idle while the slowest completions of one window are waited for.
 import time
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distill_pipeline.errors import GenerationError, IntegrityError
 from distill_pipeline.generation.budget import Spending
+from distill_pipeline.generation.families import Families
 from distill_pipeline.generation.protocol import Asked, Completion, Engine
-from distill_pipeline.generation.reasoning import split_reasoning
-from distill_pipeline.generation.requests import request_key
-from distill_pipeline.generation.store import GenerationStore
+from distill_pipeline.generation.store import TOKEN_COLUMNS, GenerationStore
 from distill_pipeline.hashing import sha256_of
 from distill_pipeline.outcome import Progress
+from distill_pipeline.reasoning import split_reasoning
 from distill_pipeline.records import COMPLETION_SCHEMA
 
 PROGRESS_SECONDS = 5.0
 ROWS_AT_ONCE = 4096
 """Rows of a window that are in memory while they are written."""
+
+TOKEN_SCHEMA = pa.schema([COMPLETION_SCHEMA.field("completion_id"), *TOKEN_COLUMNS])
+"""Files ``tokens-*.parquet``, beside the rows of a teacher with ``top_logprobs``: one row a completion with known tokens."""
 
 Prompt = dict[str, Any]
 
@@ -48,34 +52,37 @@ class AnsweringRun:
 
     teacher_name: str
     samples_per_prompt: int
-    family: str
-    store: GenerationStore
+    store: Families
     engine: Engine
     spending: Spending
     expected: int
     progress: Progress
+    opened: str = ""
+    """The tag with which the template opens every completion's reasoning, if it does."""
     missing: int = 0
     counts: Counter[str] = field(default_factory=Counter)
     errors: Counter[str] = field(default_factory=Counter)
     first_error: str = ""
     engine_seconds: float = 0.0
     tokens: Counter[str] = field(default_factory=Counter)
+    thoughts: Counter[str] = field(default_factory=Counter)
+    """Completions with reasoning by what became of it; an empty one is a teacher that did not think."""
     _answered: int = 0
     _said_at: float = field(default_factory=time.monotonic)
     _open: dict[str, _Window] = field(default_factory=dict)
     """The open window of each completion that is still to come, by key."""
 
-    def keys_of(self, prompt_id: str) -> list[str]:
-        return [request_key(self.family, prompt_id, index) for index in range(self.samples_per_prompt)]
+    def keys_of(self, prompt: Prompt) -> list[str]:
+        return self.store.keys_of(prompt, range(self.samples_per_prompt))
 
     def missing_of(self, window: Sequence[Prompt]) -> list[Asked]:
         """The prompts of a window with the keys that have no stored answer, where there are any."""
-        keys = [self.keys_of(prompt["prompt_id"]) for prompt in window]
+        keys = [self.keys_of(prompt) for prompt in window]
         there = iter(self.store.has([key for group in keys for key in group]))
         asked = []
         for prompt, group in zip(window, keys, strict=True):
             if missing := tuple(key for key in group if not next(there)):
-                asked.append(Asked(prompt["messages"], missing))
+                asked.append(Asked(self.store.prompts.carried(prompt["messages"], prompt["domain"]), missing))
         return asked
 
     def answer(self, windows: Iterable[Sequence[Prompt]], out_dir: Path) -> None:
@@ -99,6 +106,8 @@ class AnsweringRun:
             self.counts["reused"] += len(prompts) * self.samples_per_prompt - window.outstanding
             if asked:
                 self._open.update((key, window) for one in asked for key in one.keys)
+                for prompt in prompts:
+                    self.store.expect(prompt, (key for key in self.keys_of(prompt) if key in self._open))
                 yield asked
             else:
                 self._write(window)
@@ -121,14 +130,21 @@ class AnsweringRun:
     def _write(self, window: _Window) -> None:
         """All rows of a window, from the store."""
         prompts_at_once = max(1, ROWS_AT_ONCE // self.samples_per_prompt)
-        with pq.ParquetWriter(window.path, COMPLETION_SCHEMA, compression="zstd") as writer:
+        with ExitStack() as files:
+            writer = files.enter_context(pq.ParquetWriter(window.path, COMPLETION_SCHEMA, compression="zstd"))
+            tokens = None
+            if self.store.has_tokens:
+                path = window.path.with_name(window.path.name.replace("part-", "tokens-"))
+                tokens = files.enter_context(pq.ParquetWriter(path, TOKEN_SCHEMA, compression="zstd"))
             for start in range(0, len(window.prompts), prompts_at_once):
                 prompts = window.prompts[start : start + prompts_at_once]
                 rows = list(self._rows(prompts, window.failed))
                 writer.write_table(pa.Table.from_pylist(rows, schema=COMPLETION_SCHEMA))
+                if tokens is not None:
+                    tokens.write_table(self._token_rows(rows))
 
     def _rows(self, prompts: Sequence[Prompt], failed: dict[str, Completion]) -> Iterator[dict[str, Any]]:
-        keys = [self.keys_of(prompt["prompt_id"]) for prompt in prompts]
+        keys = [self.keys_of(prompt) for prompt in prompts]
         stored = self.store.read([key for group in keys for key in group])
         for prompt, group in zip(prompts, keys, strict=True):
             row = None
@@ -137,13 +153,24 @@ class AnsweringRun:
                 yield (row := self._row(prompt["prompt_id"], index, key, answer))
             self.tokens["prompt"] += row["prompt_tokens"] if row else 0
 
+    def _token_rows(self, rows: Sequence[dict[str, Any]]) -> pa.Table:
+        """TOKEN_SCHEMA of the rows whose tokens the engine knew, in their order."""
+        ids = {row["request_key"]: (place, row["completion_id"]) for place, row in enumerate(rows)}
+        table = self.store.read_tokens(list(ids))
+        places, names = zip(*(ids[key] for key in table["request_key"].to_pylist()), strict=True) if len(table) else ((), ())
+        self.counts["with_tokens"] += len(table)
+        table = table.set_column(0, TOKEN_SCHEMA.field(0), pa.array(names, pa.string()))
+        return table.take(pa.array(np.argsort(places), pa.int64()))
+
     def _row(self, prompt_id: str, index: int, key: str, answer: dict[str, Any] | None) -> dict[str, Any]:
         if answer is None:
             raise IntegrityError(f"the answer to request {key} is not in {self.store.folder} after it was written. Run again.")
-        reasoning, text = split_reasoning(answer["raw_text"])
+        reasoning, text = split_reasoning(answer["raw_text"], opened=self.opened)
         reason, error = answer["finish_reason"], answer.get("error")
         self.counts[{"stop": "stopped", "length": "truncated", "error": "failed"}[reason]] += 1
         self.tokens["completion"] += answer["completion_tokens"]
+        if reasoning is not None:
+            self.thoughts["empty" if not reasoning else "without_answer" if not text else "with_answer"] += 1
         if error is not None:
             self.errors[error.partition(":")[0]] += 1
             self.first_error = self.first_error or error
@@ -190,12 +217,13 @@ class AnsweringRun:
             "prompt_tokens": self.tokens["prompt"], "completion_tokens": self.tokens["completion"],
             "generated_tokens": generated, "tokens_per_second": speed and round(speed, 1),
             "seconds": round(self.engine_seconds, 3), "errors": dict(self.errors), "cost": self.spending.facts(),
-            **self.engine.facts(),
+            **({"reasoning": dict(self.thoughts)} if self.thoughts else {}),
+            **({"with_tokens": self.counts["with_tokens"]} if self.store.has_tokens else {}), **self.engine.facts(),
         }  # fmt: skip
 
 
 def stored_answers(
-    engine: Engine, windows: Iterable[Sequence[Asked]], spending: Spending, store: GenerationStore
+    engine: Engine, windows: Iterable[Sequence[Asked]], spending: Spending, store: GenerationStore | Families
 ) -> Generator[list[Completion], None, None]:
     """What an engine answers, each list in the store's hands before it is given out; at the end, or if it breaks, on disk.
 

@@ -20,12 +20,16 @@ Answer = Mapping[str, Any]
 class GreedyAnswers:
     """One model and where its answers are kept. The model is loaded when the first answer is missing."""
 
-    def __init__(self, model: TeacherModel, *, generations_dir: Path, device: str, max_tokens: int) -> None:
+    def __init__(
+        self, model: TeacherModel, *, generations_dir: Path, device: str, max_tokens: int,
+        extra_body: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
         """
         Args:
             device: a torch device or ``auto``.
+            extra_body: more fields of each request to a server; null takes one out.
         """
-        self._engine = greedy_engine(model, max_tokens=max_tokens, device=device)
+        self._engine = greedy_engine(model, max_tokens=max_tokens, device=device, extra_body=extra_body)
         self.family = family_of(self._engine.settings)
         self._store = GenerationStore(generations_dir, self.family, self._engine.settings, max_tokens=max_tokens)
 

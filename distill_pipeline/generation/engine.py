@@ -17,9 +17,10 @@ from typing import Any
 import torch
 
 from distill_pipeline.generation.decoders import Decoder, decoder_for
-from distill_pipeline.generation.protocol import Completion
+from distill_pipeline.generation.protocol import Completion, not_finite_completion, unfit_completion
 from distill_pipeline.generation.sampling import Sampling, sample_tokens
 from distill_pipeline.generation.shared_prefix import SharedPrefixDecoder
+from distill_pipeline.generation.top_logprobs import TopLogprobs
 from distill_pipeline.records import FinishReason
 from distill_pipeline.rendering import ChatRenderer
 
@@ -53,7 +54,7 @@ class TransformersEngine:
         self.batch_tokens = batch_tokens
         self.decoder = decoder_for(model) if decoder is None else decoder
         self.context_tokens: int = getattr(model.config, "max_position_embeddings", None) or 2**31
-        self.stop_token_ids = renderer.stop_token_ids | _stop_tokens_of(model)
+        self.stop_token_ids = renderer.stop_token_ids | stop_tokens_of(getattr(model, "generation_config", None))
 
     @property
     def shares_prefixes(self) -> bool:
@@ -79,39 +80,31 @@ class TransformersEngine:
             yield from self.run_batch(batch, max_tokens=max_tokens, sampling=sampling)
 
     def plan_batches(self, requests: Iterable[Request], *, max_tokens: int) -> list[list[Request]]:
-        """The batches in which :meth:`generate` would answer.
+        """The batches in which :meth:`generate` would answer: :func:`planned_batches`."""
+        return planned_batches(requests, max_tokens=max_tokens, batch_tokens=self.batch_tokens)
 
-        Sorted by prompt length, then prompt, in the given order within a prompt, and packed one after the other: without
-        the requests of its first batches, a plan's other batches are the same.
+    def run_batch(
+        self, batch: Sequence[Request], *, max_tokens: int, sampling: Sampling, top_logprobs: int = 0
+    ) -> list[Completion]:
+        """Answer one batch; completions come in the order of the requests.
+
+        Args:
+            top_logprobs: give each completion's ``tokens`` with so many likeliest ones at each place; 0 gives none.
         """
-        batches: list[list[Request]] = []
-        used, last = 0, None
-        for request in sorted(requests, key=lambda request: (len(request.prompt_ids), request.prompt_ids)):
-            cost = max_tokens + (len(request.prompt_ids) if request.prompt_ids != last else 0)
-            if not batches or used + cost > self.batch_tokens or len(batches[-1]) == MAX_ROWS:
-                batches.append([])
-                used, cost = 0, max_tokens + len(request.prompt_ids)
-            batches[-1].append(request)
-            used, last = used + cost, request.prompt_ids
-        return batches
-
-    def run_batch(self, batch: Sequence[Request], *, max_tokens: int, sampling: Sampling) -> list[Completion]:
-        """Answer one batch; completions come in the order of the requests."""
         limits = [min(max_tokens, self.context_tokens - len(request.prompt_ids)) for request in batch]
         fitting = [index for index, limit in enumerate(limits) if limit > 0 and batch[index].prompt_ids]
-        answered = self._sample([batch[i] for i in fitting], [limits[i] for i in fitting], sampling) if fitting else []
+        chosen = [batch[i] for i in fitting]
+        answered = self._sample(chosen, [limits[i] for i in fitting], sampling, top_logprobs) if fitting else []
         completions = dict(zip(fitting, answered, strict=True))
-        return [completions.get(index) or self._unfit(request) for index, request in enumerate(batch)]
-
-    def _unfit(self, request: Request) -> Completion:
-        length = len(request.prompt_ids)
-        error = "prompt_empty: the prompt has no token"
-        if length:
-            error = f"prompt_too_long: {length} tokens, the model's context holds {self.context_tokens}"
-        return Completion(request.key, "", (), "error", length, 0, None, error)
+        return [
+            completions.get(index) or unfit_completion(request.key, len(request.prompt_ids), self.context_tokens)
+            for index, request in enumerate(batch)
+        ]
 
     @torch.inference_mode()
-    def _sample(self, requests: Sequence[Request], limits: Sequence[int], sampling: Sampling) -> list[Completion]:
+    def _sample(
+        self, requests: Sequence[Request], limits: Sequence[int], sampling: Sampling, top_logprobs: int
+    ) -> list[Completion]:
         """The loop: draw a token a row, drop finished rows, step the others."""
         device = self.model.device
         prompts = list(dict.fromkeys(request.prompt_ids for request in requests))
@@ -124,9 +117,12 @@ class TransformersEngine:
         drawn = torch.full((num_rows, max_tokens), -1, dtype=torch.int64, device=device)
         logprobs = torch.zeros(num_rows, dtype=torch.float32, device=device)
         alive = torch.arange(num_rows, device=device)
+        tops = TopLogprobs(num_rows, max_tokens, min(top_logprobs, self.renderer.vocab_size), device)
         logits_RV = self.decoder.prefill(prompts, rows, max_tokens)[rows]
         for step in range(max_tokens):
-            tokens_R, logprobs_R = sample_tokens(logits_RV[:, : self.renderer.vocab_size], sampling, seeds_R[alive], step)
+            known_RV = logits_RV[:, : self.renderer.vocab_size]
+            tokens_R, logprobs_R = sample_tokens(known_RV, sampling, seeds_R[alive], step)
+            tops.take(known_RV, tokens_R, alive, step)
             drawn[alive, step] = tokens_R
             logprobs[alive] += logprobs_R
             goes_on = ~torch.isin(tokens_R, stops) & (limits_R[alive] > step + 1)
@@ -142,20 +138,38 @@ class TransformersEngine:
                 self.decoder.drop(holes, movers, left)
             logits_RV = self.decoder.step(tokens_R)
         table, sums = drawn.tolist(), logprobs.tolist()
-        return [self._completion(request, table[i], sums[i]) for i, request in enumerate(requests)]
+        return [self._completion(request, table[i], sums[i], tops, i) for i, request in enumerate(requests)]
 
-    def _completion(self, request: Request, drawn: list[int], logprob: float) -> Completion:
+    def _completion(self, request: Request, drawn: list[int], logprob: float, tops: TopLogprobs, row: int) -> Completion:
         count = drawn.index(-1) if -1 in drawn else len(drawn)
         finished = drawn[count - 1] in self.stop_token_ids
         ids = tuple(drawn[: count - finished])
         if not math.isfinite(logprob):
-            error = "not_a_number: the model's logits are not finite; load it in float32 or check its weights"
-            return Completion(request.key, "", (), "error", len(request.prompt_ids), 0, None, error)
+            return not_finite_completion(request.key, len(request.prompt_ids))
         reason: FinishReason = "stop" if finished else "length"
         end = drawn[count - 1] if finished else None
         return Completion(
-            request.key, self.renderer.decode(ids), ids, reason, len(request.prompt_ids), count, logprob, end_token_id=end
-        )
+            request.key, self.renderer.decode(ids), ids, reason, len(request.prompt_ids), count, logprob, end_token_id=end,
+            tokens=tops.of(row, drawn[:count]),
+        )  # fmt: skip
+
+
+def planned_batches(requests: Iterable[Request], *, max_tokens: int, batch_tokens: int) -> list[list[Request]]:
+    """The batches in which requests are answered.
+
+    Sorted by prompt length, then prompt, in the given order within a prompt, and packed one after the other: without the
+    requests of its first batches, a plan's other batches are the same, and a batch by itself is planned as itself.
+    """
+    batches: list[list[Request]] = []
+    used, last = 0, None
+    for request in sorted(requests, key=lambda request: (len(request.prompt_ids), request.prompt_ids)):
+        cost = max_tokens + (len(request.prompt_ids) if request.prompt_ids != last else 0)
+        if not batches or used + cost > batch_tokens or len(batches[-1]) == MAX_ROWS:
+            batches.append([])
+            used, cost = 0, max_tokens + len(request.prompt_ids)
+        batches[-1].append(request)
+        used, last = used + cost, request.prompt_ids
+    return batches
 
 
 def seed_of(key: str) -> int:
@@ -163,7 +177,7 @@ def seed_of(key: str) -> int:
     return int.from_bytes(sha256(key.encode()).digest()[:8], "big", signed=True)
 
 
-def _stop_tokens_of(model: Any) -> frozenset[int]:
-    """The end tokens that the model's own generation settings name beside the template's."""
-    eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+def stop_tokens_of(generation_config: Any) -> frozenset[int]:
+    """The end tokens that a model's own generation settings name beside the template's."""
+    eos = getattr(generation_config, "eos_token_id", None)
     return frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])

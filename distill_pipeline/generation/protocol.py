@@ -8,10 +8,13 @@ from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from distill_pipeline.generation.budget import Spending
+import numpy as np
+
+from distill_pipeline.generation.budget import Spending, Usage
 from distill_pipeline.records import FinishReason
 
 Message = Mapping[str, str]
+Array = np.ndarray[Any, np.dtype[Any]]
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,20 @@ class Asked:
     keys: tuple[str, ...]
 
 
+@dataclass(frozen=True, eq=False)
+class TokenLogprobs:
+    """Of each drawn token of a completion, the end token included, what the model thought at temperature 1, in nats.
+
+    ``ids`` int32 (T,) and ``logprobs`` float32 (T,) are the tokens themselves; ``top_ids`` and ``top_logprobs`` (T * K,) the K
+    likeliest at each place, likeliest first, place after place.
+    """
+
+    ids: Array
+    logprobs: Array
+    top_ids: Array
+    top_logprobs: Array
+
+
 @dataclass(frozen=True)
 class Completion:
     """What became of a request.
@@ -30,7 +47,8 @@ class Completion:
     context) or ``error``; then ``error`` begins with its class and a colon, for instance ``prompt_too_long: ...``.
     ``completion_tokens`` and ``logprob`` (nats, see :func:`sample_tokens`) count the end token; ``text`` and ``token_ids``
     are without it, and ``end_token_id`` is which one it was. A server gives no ids, and its
-    log-probabilities are as it defines them.
+    log-probabilities are as it defines them. ``tokens`` are there where the teacher's ``top_logprobs`` asks for them and the
+    engine knows them.
     """
 
     key: str
@@ -42,6 +60,7 @@ class Completion:
     logprob: float | None
     error: str | None = None
     end_token_id: int | None = None
+    tokens: TokenLogprobs | None = None
 
 
 class Engine(Protocol):
@@ -63,6 +82,35 @@ class Engine(Protocol):
 
     def facts(self) -> dict[str, Any]:
         """What the manifest says of how the answers were made."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Prompts that are answered together, and the most they can cost: who answers them changes no answer."""
+
+    asked: tuple[Asked, ...]
+    most: Usage
+
+
+class DivisibleEngine(Engine, Protocol):
+    """An engine whose work can be divided among several of its kind."""
+
+    def pieces(self, window: Sequence[Asked]) -> tuple[list[Piece], list[Completion]]:
+        """A window in pieces, and the completions of prompts that cannot be asked. Loads no model."""
+
+
+def unfit_completion(key: str, prompt_tokens: int, context_tokens: int) -> Completion:
+    """A request whose prompt is empty, or leaves no room for an answer in the model's context."""
+    error = "prompt_empty: the prompt has no token"
+    if prompt_tokens:
+        error = f"prompt_too_long: {prompt_tokens} tokens, the model's context holds {context_tokens}"
+    return failed_completion(key, error, prompt_tokens=prompt_tokens)
+
+
+def not_finite_completion(key: str, prompt_tokens: int) -> Completion:
+    """A request whose logits were not numbers."""
+    error = "not_a_number: the model's logits are not finite; load it in float32 or check its weights"
+    return failed_completion(key, error, prompt_tokens=prompt_tokens)
 
 
 def failed_completion(key: str, error: str, *, prompt_tokens: int = 0) -> Completion:

@@ -12,19 +12,23 @@ from distill_pipeline.generation.spec import SamplingSpec
 from distill_pipeline.hashing import sha256_of
 
 LOCAL_ENGINE = "transformers/1"
+VLLM_ENGINE = "vllm/1"
 SERVER_ENGINE = "openai/1"
 """Engine kinds and versions; raise one when the same request would draw other tokens."""
 
 
 def family_settings(
     *, identity: str, revision: str | None, engine: str, dtype: str | None, system: str | None, rendering: str,
-    sampling: SamplingSpec, seed: int,
+    sampling: SamplingSpec, seed: int, top_logprobs: int | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """The settings of a family by name, flat, so that two families can be compared line by line."""
+    """The settings of a family by name, flat, so that two families can be compared line by line.
+
+    Answers with their tokens are a family of their own: those without have nothing to add them from.
+    """
     return {
         "model": identity, "revision": revision, "engine": engine, "dtype": dtype, "system": system, "rendering": rendering,
         "temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p, "seed": seed,
-    }  # fmt: skip
+    } | ({} if top_logprobs is None else {"top_logprobs": top_logprobs})  # fmt: skip
 
 
 def family_of(settings: Mapping[str, Any]) -> str:

@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 
-from distill_pipeline.spec import Spec
+from distill_pipeline.spec import ANY_DOMAIN, Spec
+from distill_pipeline.system_prompts import PRESETS, SystemPrompts, with_chain_of_thought
 
 ALGORITHM = "teacher_outputs/1"
 """Raise when the same answers of a teacher would be laid out or parsed otherwise."""
@@ -55,6 +56,16 @@ class ServerSpec(Spec):
         return data
 
 
+class VllmSpec(Spec):
+    """What engine vllm may take of the machine. Nothing here changes an answer beyond rounding: it enters no version."""
+
+    gpu_memory_utilization: float | None = Field(None, gt=0.0, le=1.0, description="share of a device's memory; null is vLLM's")
+    kv_cache_gib: float | None = Field(None, gt=0.0, description="memory for keys and values, on a CPU the one that counts")
+    tensor_parallel_size: int = Field(1, ge=1, description="devices that one copy of the model is spread over")
+    max_num_seqs: int | None = Field(None, ge=1, description="most completions in a step; null is vLLM's")
+    enforce_eager: bool = Field(False, description="compile nothing: starts sooner, answers more slowly")
+
+
 class BudgetSpec(Spec):
     """What a teacher's answers under its present settings may cost, over all runs. Tokens are those it reports."""
 
@@ -70,9 +81,28 @@ class BudgetSpec(Spec):
         return self
 
 
+_OWN_FIELDS: Mapping[str, tuple[str, ...]] = {
+    "openai": ("server", "extra_body", "logprobs", "tokenizer", "weights"), "vllm": ("max_model_len", "vllm"),
+}  # fmt: skip
+"""Fields of a teacher that only one engine reads."""
+
+
 def _is_unset(value: Any) -> bool:
     """Fields that came after the first version stay out of versions while nobody sets them."""
     return not value
+
+
+def _preset_text(value: Any) -> Any:
+    """The text of ``{preset: NAME}``; other values as they are."""
+    if not isinstance(value, Mapping):
+        return value
+    name = str(value.get("preset"))
+    if set(value) != {"preset"} or name not in PRESETS:
+        raise ValueError(f"a system prompt is a text, null or {{preset: NAME}} with one of {', '.join(sorted(PRESETS))}")
+    return PRESETS[name]
+
+
+SystemText = Annotated[str | None, BeforeValidator(_preset_text)]
 
 
 class TeacherSpec(Spec):
@@ -84,14 +114,32 @@ class TeacherSpec(Spec):
     revision: str | None = Field(
         None, description="commit of a Hub model; pins it. With openai a label of yours: change it when the server's model did"
     )
-    engine: Literal["transformers", "openai"] = "transformers"
+    engine: Literal["transformers", "vllm", "openai"] = "transformers"
     license: str | None = Field(None, description="licence key of the model, for instance apache-2.0")
     accept: str | None = Field(None, min_length=8, description="why a licence that is refused by default is accepted")
     domains: tuple[str, ...] = Field(("*",), min_length=1, description="domains it answers; * is all")
-    system: str | None = Field(None, description="system prompt; null leaves the model's own default")
+    system: SystemText = Field(None, description="system prompt: a text or {preset: NAME}; null leaves the model's own default")
+    systems: dict[str, SystemText] = Field(
+        {}, exclude_if=_is_unset, description="system prompts of single domains; the others have that of system"
+    )
+    chain_of_thought: bool = Field(
+        False, exclude_if=_is_unset, description="ask, in every system prompt, for reasoning between think tags"
+    )
     sampling: SamplingSpec = SamplingSpec()
     batch_tokens: int = Field(16_384, ge=256, description="most tokens of a generation batch, prompts and answers")
     trust_remote_code: bool = Field(False, description="run code that comes with the model; recorded in the manifest")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        None, exclude_if=_is_unset, description="of a model that runs here; null is float32 on a CPU, the model's own elsewhere"
+    )
+    max_model_len: int | None = Field(
+        None, ge=2, exclude_if=_is_unset,
+        description="with engine vllm: most tokens of prompt and completion; null is the model's own context",
+    )  # fmt: skip
+    top_logprobs: int | None = Field(
+        None, ge=1, le=128, exclude_if=_is_unset,
+        description="store each completion's token ids and, at each place, so many likeliest tokens with log-probabilities",
+    )  # fmt: skip
+    vllm: VllmSpec | None = Field(None, exclude_if=_is_unset, description="with engine vllm: what it may take of the machine")
     server: ServerSpec | None = Field(None, exclude_if=_is_unset, description="with engine openai: where it is")
     extra_body: dict[str, Any] = Field(
         {}, exclude_if=_is_unset, description="with engine openai: more fields of each request; null takes one out"
@@ -107,6 +155,26 @@ class TeacherSpec(Spec):
     )  # fmt: skip
     budget: BudgetSpec | None = Field(None, exclude_if=_is_unset)
 
+    @property
+    def system_prompts(self) -> SystemPrompts:
+        """What the model is told in each domain."""
+        if not self.chain_of_thought:
+            return SystemPrompts(self.system, self.systems)
+        own = {domain: with_chain_of_thought(system) for domain, system in self.systems.items()}
+        return SystemPrompts(with_chain_of_thought(self.system), own)
+
+    def answers(self, domain: str) -> bool:
+        """Whether it is asked the prompts of a domain."""
+        return ANY_DOMAIN in self.domains or domain in self.domains
+
+    @model_validator(mode="after")
+    def _systems_are_of_answered_domains(self) -> "TeacherSpec":
+        if ANY_DOMAIN in self.systems:
+            raise ValueError("systems.*: the system prompt of all other domains is system")
+        if strange := [domain for domain in self.systems if not self.answers(domain)]:
+            raise ValueError(f"systems.{strange[0]}: the teacher answers the domains {', '.join(self.domains)} only")
+        return self
+
     @model_validator(mode="before")
     @classmethod
     def _unset_top_k_is_not_sent(cls, data: Any) -> Any:
@@ -121,10 +189,12 @@ class TeacherSpec(Spec):
     def _fields_fit_the_engine(self) -> "TeacherSpec":
         if self.engine == "openai" and self.server is None:
             raise ValueError("engine openai needs server: {base_url: ...}")
-        if self.engine == "transformers":
-            given = [name for name in ("server", "extra_body", "logprobs", "tokenizer", "weights") if getattr(self, name)]
+        for engine, fields in _OWN_FIELDS.items():
+            given = [name for name in fields if getattr(self, name)] if engine != self.engine else []
             if given:
-                raise ValueError(f"{', '.join(given)} is for engine openai; this teacher's engine is transformers")
-            if self.sampling.top_k is None:
-                raise ValueError("engine transformers needs sampling.top_k")
+                raise ValueError(f"{', '.join(given)} is for engine {engine}; this teacher's engine is {self.engine}")
+        if self.engine == "openai" and self.dtype is not None:
+            raise ValueError("dtype is for a model that runs here; with engine openai the server decides")
+        if self.engine == "transformers" and self.sampling.top_k is None:
+            raise ValueError("engine transformers needs sampling.top_k")
         return self

@@ -13,7 +13,7 @@ from distill_pipeline.records import MESSAGE
 WINDOW_PROMPTS = 4096
 """Prompts that are planned and written together: bounds memory, and sorting within them already fills batches evenly."""
 
-_SPOOLED = pa.schema([("prompt_id", pa.string()), ("messages", pa.list_(MESSAGE))])
+_SPOOLED = pa.schema([("prompt_id", pa.string()), ("messages", pa.list_(MESSAGE)), ("domain", pa.string())])
 
 
 @contextmanager

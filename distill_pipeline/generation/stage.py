@@ -12,15 +12,19 @@ from typing import Any
 
 import pyarrow as pa
 
+from distill_pipeline.compute.spec import ComputeSpec
 from distill_pipeline.errors import EmptyResultError
 from distill_pipeline.generation.answering import AnsweringRun
 from distill_pipeline.generation.budget import Spending
-from distill_pipeline.generation.opening import TeacherModel, open_engine
-from distill_pipeline.generation.requests import family_of, request_key
+from distill_pipeline.generation.families import Families
+from distill_pipeline.generation.opening import HERE, TeacherModel, open_engine
+from distill_pipeline.generation.protocol import Engine
+from distill_pipeline.generation.served import ServedModel
 from distill_pipeline.generation.spec import TeacherSpec
 from distill_pipeline.generation.spool import spooled, windows
 from distill_pipeline.generation.store import GenerationStore
 from distill_pipeline.outcome import Outcome, Progress
+from distill_pipeline.reasoning import opening_of
 from distill_pipeline.storage.files import write_whole
 
 
@@ -35,6 +39,7 @@ def generate_outputs(
     device: str,
     seed: int,
     progress: Progress,
+    compute: ComputeSpec = HERE,
     flush_rows: int = 2048,
     flush_seconds: float = 30.0,
 ) -> Outcome:
@@ -45,20 +50,20 @@ def generate_outputs(
         model: the folder of a model that runs here, or a model that a server has.
         generations_dir: where the answers of all runs are kept; the next run takes from there.
         device: a torch device or ``auto``.
+        compute: with ``engine: ray`` a model that runs here runs on the cluster instead; the rows are the same.
         flush_rows, flush_seconds: how much a crash can lose; batches in flight come on top.
     Returns:
         counts with ``expected == stopped + truncated + failed``, of which ``reused`` cost nothing; facts say the family, what
         differs from this teacher's last run, tokens, speed and cost.
     Raises:
+        ComputeError: a machine of the cluster was lost again and again, or does not fit; what was answered is stored.
         BudgetError: the teacher's budget does not hold what is missing; what it did hold is stored.
         EmptyResultError: the teacher answers no prompt of the pool.
         GenerationError: every single request failed, or a server is dead; the message gives the reason.
     """
-    engine = open_engine(teacher_name, teacher, model, device=device, seed=seed, progress=progress)
-    settings = engine.settings
-    family = family_of(settings)
-    store = GenerationStore(
-        generations_dir, family, settings, max_tokens=teacher.sampling.max_tokens, flush_rows=flush_rows,
+    engine = open_engine(teacher_name, teacher, model, device=device, seed=seed, progress=progress, compute=compute)
+    store = _families(
+        teacher, model, engine, generations_dir, device=device, seed=seed, compute=compute, flush_rows=flush_rows,
         flush_seconds=flush_seconds,
     )  # fmt: skip
     with spooled(prompt_batches, teacher.domains, generations_dir) as (spool, num_prompts, domains):
@@ -68,16 +73,16 @@ def generate_outputs(
                 f"the pool's training prompts are in: {', '.join(sorted(domains)) or 'none'}."
             )
         run = AnsweringRun(
-            teacher_name, teacher.sampling.n, family, store, engine, Spending(teacher.budget, before=store.paid),
-            num_prompts * teacher.sampling.n, progress,
+            teacher_name, teacher.sampling.n, store, engine, Spending(teacher.budget, before=store.paid),
+            num_prompts * teacher.sampling.n, progress, _opening_tag(model, teacher),
         )  # fmt: skip
         run.missing = sum(len(asked.keys) for window in windows(spool) for asked in run.missing_of(window))
-        changed = _changed_settings(generations_dir, teacher_name, settings)
+        changed = _changed_settings(generations_dir, teacher_name, store.settings)
         _announce(run, changed)
         run.answer(windows(spool), out_dir)
     counts = run.final_counts(num_prompts)
-    write_whole(_last_settings_file(generations_dir, teacher_name), json.dumps(settings))
-    return Outcome(counts, run.facts() | {"family": family, "settings": settings, "settings_changed": changed})
+    write_whole(_last_settings_file(generations_dir, teacher_name), json.dumps(store.settings))
+    return Outcome(counts, run.facts() | store.facts() | {"settings_changed": changed})
 
 
 def missing_requests(
@@ -89,13 +94,40 @@ def missing_requests(
     device: str,
     seed: int,
 ) -> int:
-    """How many requests :func:`generate_outputs` would send for these prompts (``prompt_id`` of each); writes nothing."""
-    settings = open_engine("", teacher, model, device=device, seed=seed).settings
-    family = family_of(settings)
-    store = GenerationStore(generations_dir, family, settings, max_tokens=teacher.sampling.max_tokens)
-    numbers = range(teacher.sampling.n)
-    keys = [request_key(family, prompt["prompt_id"], index) for prompt in prompts for index in numbers]
+    """How many requests :func:`generate_outputs` would send for these prompts (``prompt_id``, ``domain``); writes nothing."""
+    engine = open_engine("", teacher, model, device=device, seed=seed)
+    store = _families(teacher, model, engine, generations_dir, device=device, seed=seed)
+    keys = [key for prompt in prompts for key in store.keys_of(prompt, range(teacher.sampling.n))]
     return len(keys) - int(store.has(keys).sum())
+
+
+def _families(
+    teacher: TeacherSpec, model: TeacherModel, engine: Engine, generations_dir: Path, *, device: str, seed: int,
+    compute: ComputeSpec = HERE, **flush: Any,
+) -> Families:  # fmt: skip
+    """Where a teacher's answers are. Raises ConfigError for a chat template that takes no system prompt where one is set."""
+
+    def settings_under(system: str | None) -> dict[str, Any]:
+        if len(teacher.system_prompts.distinct()) == 1:
+            return engine.settings
+        told = teacher.model_copy(update={"system": system, "systems": {}, "chain_of_thought": False})
+        return open_engine("", told, model, device=device, seed=seed, compute=compute).settings
+
+    def open_store(family: str, settings: dict[str, Any]) -> GenerationStore:
+        return GenerationStore(generations_dir, family, settings, max_tokens=teacher.sampling.max_tokens, **flush)
+
+    return Families(teacher.system_prompts, settings_under, open_store)
+
+
+def _opening_tag(model: TeacherModel, teacher: TeacherSpec) -> str:
+    """What :func:`opening_of` says of a model that is here; nobody can look at a server's template."""
+    if isinstance(model, ServedModel):
+        return ""
+    from distill_pipeline.models.load import load_tokenizer
+    from distill_pipeline.rendering import ChatRenderer
+
+    tokenizer = load_tokenizer(model.path, trust_remote_code=teacher.trust_remote_code)
+    return opening_of(ChatRenderer(tokenizer, system=teacher.system_prompts.default))
 
 
 def _last_settings_file(generations_dir: Path, teacher_name: str) -> Path:

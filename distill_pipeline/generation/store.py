@@ -34,6 +34,16 @@ STORED_SCHEMA = pa.schema(
     ]
 )
 
+TOKEN_COLUMNS = pa.schema(
+    [
+        pa.field("token_ids", pa.list_(pa.int32())),
+        pa.field("token_logprobs", pa.list_(pa.float32())),
+        pa.field("top_ids", pa.list_(pa.int32())),
+        pa.field("top_logprobs", pa.list_(pa.float32())),
+    ]
+)
+"""Further columns of a family with ``top_logprobs``, as :class:`TokenLogprobs` has them; null where the engine knew none."""
+
 _WHAT = "generation store"
 _PAID = "paid"
 
@@ -54,6 +64,7 @@ class GenerationStore:
         """Open a family and read the index of its keys; nothing is written before the first flush.
 
         Args:
+            settings: of the family; with ``top_logprobs`` among them its answers have TOKEN_COLUMNS.
             flush_rows: :meth:`flush_if_due` writes when so many rows wait,
             flush_seconds: or when the last write is so long ago.
         Raises:
@@ -62,7 +73,9 @@ class GenerationStore:
         self.folder = root / family
         self.max_tokens = max_tokens
         about = "family.json", json.dumps(settings, indent=1, sort_keys=True)
-        self._writer = PartWriter(self.folder, STORED_SCHEMA, about=about, flush_rows=flush_rows, flush_seconds=flush_seconds)
+        self.has_tokens = "top_logprobs" in settings
+        schema = pa.unify_schemas([STORED_SCHEMA, TOKEN_COLUMNS]) if self.has_tokens else STORED_SCHEMA
+        self._writer = PartWriter(self.folder, schema, about=about, flush_rows=flush_rows, flush_seconds=flush_seconds)
         remove_abandoned(self.folder)
         self._parts = part_files(self.folder)
         self._index = KeyIndex()
@@ -81,13 +94,21 @@ class GenerationStore:
             rows.update((row["request_key"], row) for row in table.to_pylist())
         return {key: rows[key] for key in keys if key in rows}
 
+    def read_tokens(self, keys: Sequence[str]) -> pa.Table:
+        """``request_key`` and TOKEN_COLUMNS of the usable answers to the given keys that have tokens, in some order."""
+        tables = [pa.schema([STORED_SCHEMA.field("request_key"), *TOKEN_COLUMNS]).empty_table()]
+        for part, numbers in self._index.rows_by_part(keys).items():
+            tables.append(read_part(self._parts[part], tables[0].schema.names, what=_WHAT).take(pa.array(numbers)))
+        table = pa.concat_tables([one.cast(tables[0].schema) for one in tables])
+        return table.filter(table["token_ids"].is_valid())
+
     def add(self, completions: Iterable[Completion]) -> None:
         """Take answers for the next flush; failed ones are not kept."""
         self._writer.add(
             {
                 "request_key": done.key, "raw_text": done.text, "finish_reason": done.finish_reason,
                 "prompt_tokens": done.prompt_tokens, "completion_tokens": done.completion_tokens,
-                "max_tokens": self.max_tokens, "logprob": done.logprob,
+                "max_tokens": self.max_tokens, "logprob": done.logprob, **(_token_row(done) if self.has_tokens else {}),
             }
             for done in completions
             if done.finish_reason != "error"
@@ -129,3 +150,10 @@ class GenerationStore:
         cut_by_context = tokens < limit
         fits = (tokens <= self.max_tokens) & (stopped | cut_by_context)
         return np.asarray(fits | (~stopped & (tokens == self.max_tokens)), np.bool_)
+
+
+def _token_row(done: Completion) -> dict[str, Any]:
+    """TOKEN_COLUMNS of a completion."""
+    tokens = done.tokens
+    columns = (None,) * 4 if tokens is None else (tokens.ids, tokens.logprobs, tokens.top_ids, tokens.top_logprobs)
+    return dict(zip(TOKEN_COLUMNS.names, columns, strict=True))

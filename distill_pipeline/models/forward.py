@@ -10,6 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
+LOGIT_CELLS = 32_000_000
+"""Most logits of one forward pass that only measures: 128 MB in float32."""
+
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:

@@ -45,7 +45,7 @@ def converted_gguf(file: Path, target: Path, *, file_hash: str, progress: Progre
         try:
             with _read_once():
                 _convert(file, temporary)
-                license_key = _license_of(file)
+                license_key = file_license(file)
             marker = {"identity": sha256_of([CONVERTER, file_hash]), "license": license_key}
             write_whole(temporary / MARKER, json.dumps(marker))
             shutil.rmtree(target, ignore_errors=True)
@@ -119,7 +119,7 @@ def _read_once() -> Iterator[None]:
         gguf.GGUFReader, gguf.get_tensor_name_map = before
 
 
-def _license_of(file: Path) -> str | None:
+def file_license(file: Path) -> str | None:
     """The licence key that the file itself names."""
     from gguf import GGUFReader
 

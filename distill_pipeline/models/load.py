@@ -8,7 +8,13 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+)
 
 from distill_pipeline.errors import ConfigError, ModelNotFoundError
 
@@ -64,6 +70,15 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
         return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code, local_files_only=True)
     except (OSError, ValueError) as err:
         raise ModelNotFoundError(f"{path} holds no tokenizer that transformers can read: {err}") from err
+
+
+def load_generation_config(path: Path, *, trust_remote_code: bool = False) -> Any:
+    """A model folder's own generation settings, as transformers gives them to the model it loads."""
+    try:
+        return GenerationConfig.from_pretrained(str(path), local_files_only=True)
+    except OSError:
+        config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code, local_files_only=True)
+        return GenerationConfig.from_model_config(config)
 
 
 def load_model(path: Path, *, device: str = "cpu", dtype: str = "float32", trust_remote_code: bool = False) -> Any:

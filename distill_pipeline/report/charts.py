@@ -17,11 +17,19 @@ MAX_REASONS = 16
 
 
 def loss_curve_png(curve: Sequence[Mapping[str, Any]]) -> bytes:
-    """Loss by optimizer step, as PNG bytes (under 60 KB). Rows need ``step`` and ``loss``; no row gives an empty chart."""
+    """Loss by optimizer step, as PNG bytes (under 60 KB). Rows need ``step`` and ``loss``; no row gives an empty chart.
+
+    Where rows have a ``held_out_kl``, it is drawn beside the loss.
+    """
     figure, axes = _figure(6.0, 2.6)
     steps = [row["step"] for row in curve if row.get("loss") is not None]
     losses = [row["loss"] for row in curve if row.get("loss") is not None]
     axes.plot(steps, losses, color=ROLE_COLORS["student"], linewidth=1.6, marker="o" if len(steps) < 3 else None)
+    if held_out := [(row["step"], row["held_out_kl"]) for row in curve if row.get("held_out_kl") is not None]:
+        axes.plot(
+            *zip(*held_out, strict=True), color=OTHER_COLOR, linewidth=1.6, marker=".", label="held-out KL to the teacher"
+        )
+        axes.legend(fontsize=7, frameon=False)
     axes.set_xlabel("optimizer step", color=MUTED, fontsize=9)
     axes.set_ylabel("loss (nats/token)", color=MUTED, fontsize=9)
     axes.grid(axis="y", color=RULE, linewidth=0.8)

@@ -63,13 +63,23 @@ def init_text(init: Mapping[str, Any] | None) -> str:
 
     >>> init_text({"prune": {"layers": 20, "by": "block_influence"}, "scratch": None, "model": None})
     'pruned to 20 layers'
+    >>> init_text({"prune": {"drop": [3, 4]}})
+    'pruned of layers 3, 4'
     """
     given = {key: value for key, value in (init or {}).items() if value}
     if "prune" in given:
-        return f"pruned to {given['prune']['layers']} layers"
+        return _prune_text(given["prune"])
     if "scratch" in given:
         return f"random, {given['scratch']['layers']} layers"
     return str(given.get("model", "unknown"))
+
+
+def _prune_text(prune: Mapping[str, Any]) -> str:
+    if "layers" in prune:
+        by = prune["by"].replace("_", " ")
+        return f"pruned to {prune['layers']} layers" + ("" if by == "block influence" else f" by {by}")
+    verb, listed = ("to", prune["keep"]) if "keep" in prune else ("of", prune["drop"])
+    return f"pruned {verb} layers {', '.join(map(str, listed))}"
 
 
 def is_share_headline(report: Mapping[str, Any]) -> bool:

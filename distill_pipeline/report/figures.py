@@ -81,24 +81,55 @@ def gap_ruler(gap: Mapping[str, Any], n: int) -> dict[str, Any] | None:
     }  # fmt: skip
 
 
+CURVE_PANELS = (
+    ("held_out_top1", "Same likeliest token as the teacher, held out", 1.0), ("tokens_per_second", "Tokens a second", 1.0),
+    ("peak_memory_bytes", "Most memory so far, GB", 1e-9),
+)  # fmt: skip
+"""What a training curve may hold beside losses: its column, what a reader calls it, and the factor to the unit in that."""
+
+
 def curve_plot(curve: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """A loss curve as SVG paths over a 1000 x 200 box, from zero; None without two points."""
-    points = [(row["step"], row["loss"]) for row in curve if row.get("loss") is not None and row.get("step") is not None]
+    """A loss curve as SVG paths over a 1000 x 200 box, from zero; None without two points.
+
+    ``beside`` is the path of the held-out divergence over the same box, where there is one.
+    """
+    losses, held_out = _points(curve, "loss"), _points(curve, "held_out_kl")
+    return _plot("loss", losses, held_out if len(held_out) > 1 else [])
+
+
+def curve_panels(curve: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The same of what the curve holds beside losses, each with its ``title``."""
+    plots = [(title, _plot(title, _points(curve, column, factor), [])) for column, title, factor in CURVE_PANELS]
+    return [{**plot, "title": title} for title, plot in plots if plot]
+
+
+def _points(curve: Sequence[Mapping[str, Any]], column: str, factor: float = 1.0) -> list[tuple[int, float]]:
+    """(step, value) where a curve has both; at most so many that a screen can show them, the last one among them."""
+    steps = [row for row in curve if row.get(column) is not None and row.get("step") is not None]
+    points = [(row["step"], row[column] * factor) for row in steps]
+    stride = max(1, -(-len(points) // MAX_POINTS))
+    return points[::stride] + ([points[-1]] if points and (len(points) - 1) % stride else [])
+
+
+def _plot(what: str, points: list[tuple[int, float]], beside: list[tuple[int, float]]) -> dict[str, Any] | None:
     if len(points) < 2:
         return None
-    stride = -(-len(points) // MAX_POINTS)
-    points = points[::stride] + ([points[-1]] if (len(points) - 1) % stride else [])
     first, last = points[0][0], points[-1][0]
-    bottom = -_round_up(-min(loss for _, loss in points)) if min(loss for _, loss in points) < 0 else 0.0
-    top = _round_up(max(loss for _, loss in points) - bottom) + bottom
+    values = [value for _, value in points + beside]
+    bottom = -_round_up(-min(values)) if min(values) < 0 else 0.0
+    top = _round_up(max(values) - bottom) + bottom
     across, up = CURVE_WIDTH / ((last - first) or 1), CURVE_HEIGHT / ((top - bottom) or 1)
-    placed = [f"{(step - first) * across:.1f} {CURVE_HEIGHT - (loss - bottom) * up:.1f}" for step, loss in points]
-    line = "M" + " L".join(placed)
+    line, other = (
+        "M" + " L".join(f"{(step - first) * across:.1f} {CURVE_HEIGHT - (value - bottom) * up:.1f}" for step, value in line)
+        for line in (points, beside)
+    )
     return {
         "line": line, "area": f"{line} L{(last - first) * across:.1f} {CURVE_HEIGHT} L0 {CURVE_HEIGHT} Z",
+        "beside": other if beside else None,
         "y_ticks": [number(bottom + (top - bottom) * step / 4) for step in (4, 3, 2, 1, 0)],
         "x_ticks": [f"step {number(first)}", number((first + last) // 2), number(last)],
-        "label": f"loss from {number(points[0][1])} at step {first} to {number(points[-1][1])} at step {last}",
+        "label": f"{what} from {number(points[0][1])} at step {first} to {number(points[-1][1])} at step {last}"
+        + (f"; held-out divergence from {number(beside[0][1])} to {number(beside[-1][1])}" if beside else ""),
     }  # fmt: skip
 
 

@@ -14,7 +14,15 @@ from typing import Any
 
 from distill_pipeline.records import FUNNEL
 from distill_pipeline.report.comparison import contrast_students, init_text, is_share_headline, shared_warnings
-from distill_pipeline.report.figures import count_rows, curve_plot, difference_row, gap_ruler, histogram_bars, score_chart
+from distill_pipeline.report.figures import (
+    count_rows,
+    curve_panels,
+    curve_plot,
+    difference_row,
+    gap_ruler,
+    histogram_bars,
+    score_chart,
+)
 from distill_pipeline.report.funnel import (
     funnel_rows,
     histogram_rows,
@@ -55,6 +63,7 @@ def student_html(report: Mapping[str, Any]) -> str:
         tiles=_tiles(report), documents=number(models["student"]["n"]) if models["student"]["n"] else "",
         scores=score_chart(rows, is_share=is_share), ruler=gap_ruler(gap, gap["n"]),
         table=_task_rows(report), held_out=_held_out_rows(report), plot=curve_plot(report["curve"]),
+        panels=curve_panels(report["curve"]),
         training=[(name.replace("_", " "), _plain(value)) for name, value in report["training"].items()],
         cost=_cost_rows(report["cost"]), funnel=[_funnel_stage(stage) for stage in report["funnel"]],
         filters=[_filter_part(name, facts) for name, facts in report["filters"].items() if facts["funnel"]],
@@ -173,7 +182,8 @@ def _tiles(report: Mapping[str, Any]) -> list[dict[str, str]]:
         {"what": "KL to the teacher", "value": number(held_out.get("forward_kl")),
          "more": "nats per token" + (f", before training {number(start)}" if start is not None else "")},
         {"what": "Size", "value": compact(parameters.get("student")),
-         "more": f"{percent(parameters['share'], 0)} of the teacher's {compact(parameters.get('teacher'))}"},
+         "more": f"{percent(parameters['share'], 0)} of the teacher's {compact(parameters.get('teacher'))}"
+                 if parameters["share"] is not None else "the teacher's size is not known"},
     ]  # fmt: skip
 
 
@@ -289,7 +299,8 @@ def _leaderboard_cells(row: Mapping[str, Any], is_share: bool) -> dict[str, Any]
         "range": interval_range(row["score"], is_share=is_share),
         "gap": percent(row["gap_recovered"]["value"]), "gap_range": interval_range(row["gap_recovered"], is_share=True),
         "kl": number(row["held_out_kl"]), "agreement": percent(row["top1_agreement"]),
-        "parameters": compact(row["parameters"]), "share": f"{percent(row['share'], 0)} of teacher",
+        "parameters": compact(row["parameters"]),
+        "share": "" if row["share"] is None else f"{percent(row['share'], 0)} of teacher",
         "tokens": compact(row["trained_tokens"]), "seconds": duration(row["training_seconds"]),
     }  # fmt: skip
 

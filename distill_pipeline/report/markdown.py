@@ -129,7 +129,8 @@ def _leaderboard(comparison: Mapping[str, Any]) -> list[list[str]]:
             row["student"], f"{row['method']}, {row['teacher']}/{row['filter']}",
             interval_text(row["score"], is_share=is_share),
             interval_text(row["gap_recovered"]), number(row["held_out_kl"]), compact(row["trained_tokens"]),
-            duration(row["training_seconds"]), f"{compact(row['parameters'])} ({percent(row['share'], 0)})",
+            duration(row["training_seconds"]),
+            compact(row["parameters"]) + ("" if row["share"] is None else f" ({percent(row['share'], 0)})"),
         ]
         for row in comparison["leaderboard"]
     ]  # fmt: skip

@@ -5,7 +5,7 @@ from typing import Any
 
 from distill_pipeline.errors import ConfigError
 from distill_pipeline.generation.asking import Answer, GreedyAnswers
-from distill_pipeline.generation.reasoning import split_reasoning
+from distill_pipeline.reasoning import split_reasoning
 from distill_pipeline.scoring.registry import Scorer, ScoreValue
 from distill_pipeline.scoring.rows import AnswerRow, OpenedScorer, ScoringContext, model_of
 from distill_pipeline.scoring.rubrics import comparing_prompt, parse_score, parse_verdict, scoring_prompt

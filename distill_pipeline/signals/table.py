@@ -8,8 +8,8 @@ Axes: P positions, K stored tokens of the fullest position.
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,15 @@ READ_ROWS = 256
 
 @dataclass(frozen=True)
 class SignalSource:
-    """A folder of signal files, its name in messages, and the identity of the teacher that wrote the completions."""
+    """A folder of signal files, its name in messages, and the identity of the teacher that wrote the completions.
+
+    ``system`` is the system prompt they were captured under, where the student's conversations carry their own.
+    """
 
     name: str
     folder: Path
     teacher: str
+    system: str | None = None
 
 
 @dataclass(frozen=True)
@@ -74,11 +78,14 @@ def digest(token_ids: Sequence[int] | Array, start: int) -> bytes:
     return hashlib.blake2b(ids.tobytes() + start.to_bytes(8, "little"), digest_size=8).digest()
 
 
-def open_signals(sources: Sequence[SignalSource], wanted: Sequence[Wanted], folder: Path) -> StoredSignals:
+def open_signals(
+    sources: Sequence[SignalSource], wanted: Sequence[Wanted], folder: Path, template_under: Callable[[str | None], str]
+) -> StoredSignals:
     """Check signals against what is wanted and lay them out in ``folder``.
 
     Args:
         wanted: what the stages ask for; each kind and temperature once.
+        template_under: from a source's own system prompt to what its files must say of the template.
     Raises:
         SignalMismatchError: a file is missing, or says that it holds something else.
     """
@@ -87,7 +94,7 @@ def open_signals(sources: Sequence[SignalSource], wanted: Sequence[Wanted], fold
     places: dict[str, Place] | None = None
     for want in wanted:
         kind, temperature = want.kind, want.kd_temperature
-        files = [file for source in sources for file in _checked_files(source, want)]
+        files = [file for source in sources for file in _checked_files(source, want, template_under)]
         table = _TABLES[kind]
         columns = {name: folder / f"{kind}-t{temperature!r}-{name}.bin" for name in table.COLUMNS}
         found = _unpack(files, columns)
@@ -98,7 +105,11 @@ def open_signals(sources: Sequence[SignalSource], wanted: Sequence[Wanted], fold
     return StoredSignals(tables, places or {})
 
 
-def _checked_files(source: SignalSource, want: Wanted) -> list[tuple[Path, SignalHeader]]:
+def _checked_files(
+    source: SignalSource, want: Wanted, template_under: Callable[[str | None], str]
+) -> list[tuple[Path, SignalHeader]]:
+    if source.system is not None:
+        want = replace(want, template_sha256=template_under(source.system))
     prefix = file_prefix(want.kind, want.kd_temperature)
     files = [(path, read_header(path)) for path in sorted(source.folder.glob(f"{prefix}*.parquet"))]
     if not files:

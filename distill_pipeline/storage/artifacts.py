@@ -297,6 +297,17 @@ class ArtifactStore:
         self._point(name, version)
         return Artifact(self, manifest)
 
+    def retell(self, artifact: Artifact, folder: Path, facts: Mapping[str, Any], *, inputs: Iterable[Artifact]) -> Artifact:
+        """Replace what is told of an artifact: its facts, and the files in ``folder``, which must not count for its version."""
+        told = {entry.path: entry for entry in (_entry(folder, path) for path in folder.rglob("*") if path.is_file())}
+        files = {entry.path: entry for entry in artifact.manifest.files} | told
+        changed = {"facts": dict(facts), "files": [files[path] for path in sorted(files)], "lineage": _lineage(inputs)}
+        manifest = artifact.manifest.model_copy(update=changed)
+        target = self.uri_of(artifact.name, artifact.version)
+        self._place(folder, target)
+        self._write(f"{target}/{MANIFEST}", manifest.model_dump_json(indent=1))
+        return Artifact(self, manifest, reused=True)
+
     def fetch(self, artifact: Artifact) -> Path:
         """See :meth:`Artifact.local_dir`."""
         if self.is_local:

@@ -3,7 +3,7 @@
 One sequence holds several prompts with all their completions: they form a tree, merged as far as they begin with the same
 tokens: the template's system turn, a question's first words, a prompt's completions. A token sees its ancestors only and its
 position is its depth, so every completion is read exactly as if it stood alone behind its prompt, and what texts share is
-computed once. The loss of a node is weighted by the number of completions that run through it. The order is depth-first, so the
+computed once. The loss of a node has the weight of all completions that run through it. The order is depth-first, so the
 ancestors of token i are the tokens j <= i whose subtree ends after i: one number a token describes the whole mask.
 
 Masking: the last prompt token predicts each completion's first token, a completion token the next one, and the last of
@@ -53,6 +53,8 @@ class Example:
     prompt: tuple[int, ...]
     completions: tuple[tuple[int, ...], ...]
     signal_rows: tuple[int, ...] = ()
+    weight: float = 1.0
+    """Of each of its tokens in the loss."""
 
     @property
     def num_tokens(self) -> int:
@@ -61,13 +63,19 @@ class Example:
 
 
 class ExampleSet:
-    """All examples of a student, packed: indexable, four bytes a token."""
+    """All examples of a student, packed: indexable, four bytes a token.
+
+    ``own`` holds the same completions in the teacher's tokens, where a stage reads these.
+    """
 
     def __init__(self) -> None:
+        self.own: ExampleSet | None = None
         self._tokens = array("i")
         self._spans: list[array[int]] = []
         self._signal_rows: list[array[int]] = []
-        self._prompt_ids: list[str] = []
+        self.prompt_ids: list[str] = []
+        self.weights: list[float] = []
+        """Of each example's tokens in the loss; none where all weigh 1."""
 
     def append(self, example: Example) -> None:
         """Add one example."""
@@ -77,13 +85,16 @@ class ExampleSet:
             ends.append(len(self._tokens))
         self._spans.append(ends)
         self._signal_rows.append(array("q", example.signal_rows))
-        self._prompt_ids.append(example.prompt_id)
+        self.prompt_ids.append(example.prompt_id)
 
     def fingerprint(self) -> str:
-        """SHA-256 of all token ids, their borders and the prompt ids."""
+        """SHA-256 of all token ids, their borders, the prompt ids and weights."""
         digest = hashlib.sha256(self._tokens.tobytes())
-        for ends, prompt_id in zip(self._spans, self._prompt_ids, strict=True):
+        for ends, prompt_id in zip(self._spans, self.prompt_ids, strict=True):
             digest.update(ends.tobytes() + prompt_id.encode())
+        digest.update(array("d", self.weights).tobytes())
+        if self.own is not None:
+            digest.update(self.own.fingerprint().encode())
         return digest.hexdigest()
 
     def longest(self) -> int:
@@ -100,7 +111,8 @@ class ExampleSet:
     def __getitem__(self, index: int) -> Example:
         ends = self._spans[index]
         parts = [tuple(self._tokens[start:stop]) for start, stop in pairwise(ends)]
-        return Example(self._prompt_ids[index], parts[0], tuple(parts[1:]), tuple(self._signal_rows[index]))
+        weight = self.weights[index] if self.weights else 1.0
+        return Example(self.prompt_ids[index], parts[0], tuple(parts[1:]), tuple(self._signal_rows[index]), weight)
 
 
 SignalRow = Callable[[str, tuple[int, ...], tuple[int, ...]], int]
@@ -108,12 +120,14 @@ SignalRow = Callable[[str, tuple[int, ...], tuple[int, ...]], int]
 
 
 def encode_examples(
-    batches: Iterable[pa.RecordBatch], renderer: ChatRenderer, *, max_length: int, signal_row: SignalRow | None = None
-) -> tuple[ExampleSet, dict[str, int]]:
+    batches: Iterable[pa.RecordBatch], renderer: ChatRenderer, *, max_length: int, signal_row: SignalRow | None = None,
+    own_renderer: ChatRenderer | None = None,
+) -> tuple[ExampleSet, dict[str, int]]:  # fmt: skip
     """Render training rows (TRAINING_SCHEMA) to examples, in their order.
 
     Args:
         signal_row: finds the examples' ``signal_rows``, where they have any.
+        own_renderer: the teacher's, for a stage that reads apart; completions must fit into ``max_length`` in both.
     Returns:
         The examples, and counts that add up: ``completions`` = ``trained_completions`` + ``too_long`` + ``no_tokens``;
         ``rows``, ``trained_rows`` (with at least one completion left) and ``data_tokens`` (completion tokens of one epoch).
@@ -121,11 +135,18 @@ def encode_examples(
         TrainingError: no token is left to train on.
     """
     examples = ExampleSet()
+    examples.own = None if own_renderer is None else ExampleSet()
     names = ("rows", "completions", "trained_rows", "trained_completions", "too_long", "no_tokens", "data_tokens")
     counts = dict.fromkeys(names, 0)
     for batch in batches:
         for row in batch.to_pylist():
             prompt, kept, left_out = encode_row(row, renderer, max_length=max_length)
+            own_prompt, own_kept = tuple[int, ...](), dict[str, tuple[int, ...]]()
+            if own_renderer is not None:
+                own_prompt, pairs, _ = encode_row(row, own_renderer, max_length=max_length)
+                own_kept = dict(pairs)
+                left_out["too_long"] += sum(name not in own_kept for name, _ in kept)
+                kept = [(name, ids) for name, ids in kept if name in own_kept]
             counts["rows"] += 1
             counts["completions"] += len(row["completions"])
             counts["too_long"] += left_out["too_long"]
@@ -133,6 +154,8 @@ def encode_examples(
             if kept:
                 rows = () if signal_row is None else tuple(signal_row(name, prompt, ids) for name, ids in kept)
                 examples.append(Example(row["prompt_id"], prompt, tuple(ids for _, ids in kept), rows))
+                if examples.own is not None:
+                    examples.own.append(Example(row["prompt_id"], own_prompt, tuple(own_kept[name] for name, _ in kept)))
                 counts["trained_rows"] += 1
                 counts["trained_completions"] += len(kept)
                 counts["data_tokens"] += sum(len(ids) for _, ids in kept)
@@ -176,8 +199,8 @@ class TokenTree:
     tokens: list[int]
     depth: list[int]
     end: list[int]
-    targets: dict[tuple[int, int], int]
-    """How many completions put a token (second) right after a place of this sequence (first)."""
+    targets: dict[tuple[int, int], float]
+    """The weight of all completions that put a token (second) right after a place of this sequence (first)."""
     prompt_ids: tuple[str, ...]
     signals: list[tuple[int, int]]
     """(place, row of the teacher signals) of every completion token that has one; a shared place comes several times."""
@@ -221,17 +244,17 @@ def _tree(examples: Sequence[Example]) -> TokenTree:
     tokens: list[int] = []
     depth: list[int] = []
     end: list[int] = []
-    targets: dict[tuple[int, int], int] = {}
+    targets: dict[tuple[int, int], float] = {}
     signals: list[tuple[int, int]] = []
     # Sorted, texts that begin alike stand together, and each one leaves the path of the one before at one place.
     texts = sorted(
-        (example.prompt + ids, len(example.prompt), row)
+        (example.prompt + ids, len(example.prompt), row, example.weight)
         for example in examples
         for ids, row in zip(example.completions, example.signal_rows or repeat(NO_SIGNAL), strict=False)
     )
     path: list[int] = []
     last: tuple[int, ...] = ()
-    for ids, prompt_length, row in texts:
+    for ids, prompt_length, row, weight in texts:
         inputs = ids[:-1]
         shared = _common(last, inputs)
         for place in path[shared:]:
@@ -244,7 +267,7 @@ def _tree(examples: Sequence[Example]) -> TokenTree:
             end.append(0)
         last = inputs
         for place, target in zip(path[prompt_length - 1 :], ids[prompt_length:], strict=True):
-            targets[place, target] = targets.get((place, target), 0) + 1
+            targets[place, target] = targets.get((place, target), 0.0) + weight
         if row != NO_SIGNAL:
             signals += [(place, row + offset) for offset, place in enumerate(path[prompt_length - 1 :])]
     for place in path:
@@ -280,7 +303,6 @@ class MicroBatch:
     lengths_S: Tensor
     places_P: Tensor
     targets: Targets
-    num_tokens: int
     prompt_ids: tuple[str, ...]
     layout: Layout
     signals: SignalPlaces
@@ -327,7 +349,7 @@ def collate(sequences: Sequence[TokenTree], *, layout: Layout, pad_id: int) -> M
     end = np.tile(np.arange(1, width + 1, dtype=np.int64), (len(sequences), 1))
     places: list[int] = []
     bounds: list[int] = [0]
-    pairs: list[tuple[int, int, int]] = []
+    pairs: list[tuple[int, int, float]] = []
     signals: list[tuple[int, int]] = []
     for row, sequence in enumerate(sequences):
         length, first = len(sequence.tokens), len(places)
@@ -347,7 +369,7 @@ def collate(sequences: Sequence[TokenTree], *, layout: Layout, pad_id: int) -> M
     lengths = [len(sequence.tokens) for sequence in sequences]
     return MicroBatch(
         torch.from_numpy(token_ids), torch.from_numpy(position_ids), torch.from_numpy(end), torch.tensor(lengths),
-        torch.tensor(places), Targets(bounds, position_N, target_N, weight_N.float(), weight_P), int(weight_N.sum()),
+        torch.tensor(places), Targets(bounds, position_N, target_N, weight_N.float(), weight_P),
         tuple(dict.fromkeys(name for sequence in sequences for name in sequence.prompt_ids)), layout,
         SignalPlaces(signals_M2[:, 0], signals_M2[:, 1]),
     )  # fmt: skip

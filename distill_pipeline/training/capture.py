@@ -24,12 +24,12 @@ import numpy as np
 import pyarrow as pa
 import torch
 import transformers
-from torch import Tensor
 
 from distill_pipeline.errors import ConfigError, TrainingError
 from distill_pipeline.hashing import version_of
 from distill_pipeline.losses import log_probs
 from distill_pipeline.models.load import load_model, load_tokenizer, resolve_device
+from distill_pipeline.models.output_head import OutputHead, output_head
 from distill_pipeline.models.resolve import ModelFolder
 from distill_pipeline.outcome import Outcome, Progress
 from distill_pipeline.rendering import ChatRenderer
@@ -38,7 +38,6 @@ from distill_pipeline.signals.spec import SignalKind, SignalsSpec
 from distill_pipeline.signals.stores import STORES
 from distill_pipeline.storage.files import write_whole
 from distill_pipeline.training.batches import Example, Layout, encode_row, micro_batches
-from distill_pipeline.training.head import plain_head
 from distill_pipeline.training.layout import choose_layout, hidden_states
 
 PART_TOKENS = 65_536
@@ -76,7 +75,7 @@ class Capturing:
     """A teacher in memory, and what is stored of it."""
 
     model: Any
-    head_VH: Tensor
+    head: OutputHead
     headers: Mapping[str, SignalHeader]
     """By file prefix."""
     layout: Layout
@@ -110,7 +109,7 @@ def capture_signals(
         Counts ``completions == captured + too_long + no_tokens``; facts ``kept_mass``, ``bytes_a_token`` and more.
     Raises:
         ConfigError: k is larger than the vocabulary.
-        TrainingError: the teacher's logits are not numbers, or its head is no plain matrix.
+        TrainingError: the teacher's logits are not numbers, or its head is none that is known.
     """
     device = resolve_device(device)
     renderer = ChatRenderer(load_tokenizer(teacher.path), system=system)
@@ -147,7 +146,7 @@ def _load(
 ) -> Capturing:  # fmt: skip
     dtype = "bfloat16" if torch.device(device).type == "cuda" else "float32"
     model = load_model(teacher.path, device=device, dtype=dtype)
-    head_VH = plain_head(model)[: renderer.vocab_size]
+    head = output_head(model).cut(renderer.vocab_size)
     common = {
         "teacher": teacher.identity, "model": teacher.reference, "revision": teacher.revision, "engine": "transformers",
         "tokenizer_sha256": renderer.tokenizer_sha256, "template_sha256": renderer.template_sha256,
@@ -162,7 +161,7 @@ def _load(
             kind="sampled", draws=signals.draws, seed=seed, temperatures=(temperature,), **common
         )
     layout, _ = choose_layout([model], max_length)
-    return Capturing(model, head_VH, headers, layout, renderer.end_token_id, seed)
+    return Capturing(model, head, headers, layout, renderer.end_token_id, seed)
 
 
 def _parts(
@@ -200,7 +199,7 @@ def _capture_part(capturing: Capturing, part: Part, work_dir: Path, key: str) ->
             hidden_PH = hidden_states(capturing.model, batch.to(str(capturing.model.device)))
             position_M, row_M = batch.signals.position_M, batch.signals.row_M
             for start in range(0, len(hidden_PH), CHUNK_TOKENS):
-                log_p_CV = log_probs(hidden_PH[start : start + CHUNK_TOKENS] @ capturing.head_VH.T)
+                log_p_CV = log_probs(capturing.head.logits(hidden_PH[start : start + CHUNK_TOKENS]))
                 if bool(log_p_CV[:, 0].isnan().any()):
                     names = ", ".join(batch.prompt_ids)
                     raise TrainingError(f"the teacher's logits are not numbers on one of these prompts: {names}")

@@ -6,8 +6,8 @@ logits are written in closed form, and that gradient goes straight back into the
 in the forward pass. Work between the two matrix products runs over a few rows at a time, which stay in the cache.
 
 Decided: gradients are made in the forward pass and only scaled in the backward pass; the sums are divided by the token
-count of the whole optimizer step, so that micro-batches add up to exactly the loss of the global batch.
-Given up: heads that are more than a matrix (bias, soft-capping, scaling); ``plain_head`` refuses them.
+count of the whole optimizer step, so that micro-batches add up to exactly the loss of the global batch. A head's bias, scale
+and soft-cap (see ``models.output_head``) are applied to those few rows, in float32, student's and teacher's each their own.
 
 Axes: P positions with a loss, N (position, target) pairs, H hidden width, V vocabulary.
 """
@@ -19,14 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill_pipeline.errors import TrainingError
 from distill_pipeline.losses import (
     cross_entropy_with_gradient,
     divergence_with_gradient,
     log_probs,
     policy_gradient_with_gradient,
 )
-from distill_pipeline.models.forward import evaluating
+from distill_pipeline.models.output_head import OutputHead
 from distill_pipeline.sparse_losses import SparseTargets, sparse_divergence_with_gradient
 
 POLICY_GRADIENT = "policy_gradient"
@@ -37,12 +36,6 @@ CHUNK_TOKENS = 80
 
 BLOCK_ELEMENTS = 3 << 18
 """Logits that the losses work on at once on a CPU: 3 MiB an array, so that a handful stay in the cache."""
-
-SCALING_ATTRIBUTES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
-"""What configurations call a function that follows the head."""
-
-PROBE_TOLERANCE = 1e-3
-"""How far, relative to the largest logit, a model's own logits may lie from hidden states times head."""
 
 
 @dataclass(frozen=True)
@@ -92,17 +85,18 @@ class HeadLoss:
 
 def head_loss(
     hidden_PH: Tensor,
-    weight_VH: Tensor,
+    head: OutputHead,
     targets: Targets,
     *,
     num_tokens: float,
     teacher_hidden_PH: Tensor | None = None,
-    teacher_weight_VH: Tensor | None = None,
+    teacher_head: OutputHead | None = None,
     divergence: str = "forward_kl",
     options: Mapping[str, float] | None = None,
     kd_temperature: float = 1.0,
     ce_weight: float = 1.0,
     chunk_tokens: int = CHUNK_TOKENS,
+    grad_scale: float = 1.0,
 ) -> HeadLoss:
     """(1 - ce_weight) kd_temperature^2 divergence + ce_weight cross-entropy, summed and divided by ``num_tokens``.
 
@@ -110,26 +104,28 @@ def head_loss(
 
     Args:
         hidden_PH: student's hidden states at positions with a loss; teacher's may have another width, on the same positions.
+        head: the student's; gradients reach its matrix and its bias.
         num_tokens: completion tokens of the whole optimizer step, over all its micro-batches.
-        teacher_hidden_PH, teacher_weight_VH: both or none; without them and without sparse targets the loss is cross-entropy
+        teacher_hidden_PH, teacher_head: both or none; without them and without sparse targets the loss is cross-entropy
             alone (ce_weight 1).
         divergence, options: a name of :mod:`distill_pipeline.losses` with its own number, or ``policy_gradient``.
+        grad_scale: gradients come out so many times as large (the loss does not), for dtypes that would lose small ones.
     Raises:
         ValueError: a teacher is missing although ce_weight is below 1, there are two sources of the divergence, or the
-            vocabularies' widths differ.
+            vocabularies' widths differ (other than for ``uld``).
     """
     if targets.sparse is not None:
         if teacher_hidden_PH is not None:
             raise ValueError("sparse targets and a teacher were given: the divergence has one source")
         kd_temperature = targets.sparse.kd_temperature
-    elif teacher_hidden_PH is None or teacher_weight_VH is None:
+    elif teacher_hidden_PH is None or teacher_head is None:
         if ce_weight != 1.0:
             raise ValueError(f"ce_weight is {ce_weight}, but there is no teacher to take the other share from")
-    elif teacher_weight_VH.shape[0] != weight_VH.shape[0]:
-        raise ValueError(f"the heads have {weight_VH.shape[0]} and {teacher_weight_VH.shape[0]} rows: cut both to one width")
-    settings = (num_tokens, divergence, dict(options or {}), kd_temperature, ce_weight, chunk_tokens)
+    elif len(teacher_head) != len(head) and divergence != "uld":
+        raise ValueError(f"the heads have {len(head)} and {len(teacher_head)} rows: cut both to one width")
+    settings = (num_tokens, divergence, dict(options or {}), kd_temperature, ce_weight, chunk_tokens, grad_scale)
     loss, kl, ce = _HeadLoss.apply(  # type: ignore[no-untyped-call]
-        hidden_PH, weight_VH, teacher_hidden_PH, teacher_weight_VH, targets, settings
+        hidden_PH, head.weight_VH, head.bias_V, head, teacher_hidden_PH, teacher_head, targets, settings
     )
     return HeadLoss(loss, kl, ce)
 
@@ -140,17 +136,20 @@ class _HeadLoss(torch.autograd.Function):
         ctx: Any,
         hidden_PH: Tensor,
         weight_VH: Tensor,
+        bias_V: Tensor | None,
+        head: OutputHead,
         teacher_hidden_PH: Tensor | None,
-        teacher_weight_VH: Tensor | None,
+        teacher_head: OutputHead | None,
         targets: Targets,
-        settings: tuple[float, str, dict[str, float], float, float, int],
+        settings: tuple[float, str, dict[str, float], float, float, int, float],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        num_tokens, divergence, options, kd_temperature, ce_weight, chunk_tokens = settings
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        num_tokens, divergence, options, kd_temperature, ce_weight, chunk_tokens, grad_scale = settings
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         matrix_VH = weight_VH.to(hidden_PH.dtype)
-        teacher_VH = None if teacher_weight_VH is None else teacher_weight_VH.to(teacher_hidden_PH.dtype)  # type: ignore[union-attr]
+        teacher_VH = None if teacher_head is None else teacher_head.weight_VH.to(teacher_hidden_PH.dtype)  # type: ignore[union-attr]
         grad_hidden_PH = torch.empty_like(hidden_PH) if need_hidden else None
         grad_weight_VH: Tensor | None = None
+        grad_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if bias_V is not None and need_bias else None
         sums = hidden_PH.new_zeros(2, dtype=torch.float32)
         for start in range(0, len(hidden_PH), chunk_tokens):
             stop = min(start + chunk_tokens, len(hidden_PH))
@@ -158,8 +157,8 @@ class _HeadLoss(torch.autograd.Function):
             logits_CV = chunk_CH @ matrix_VH.T
             teacher_CV = None if teacher_VH is None else teacher_hidden_PH[start:stop] @ teacher_VH.T  # type: ignore[index]
             sums += _losses_in_place(
-                logits_CV, teacher_CV, targets.cut(start, stop), divergence, options, kd_temperature, ce_weight,
-                1.0 / num_tokens,
+                logits_CV, head, teacher_CV, teacher_head, targets.cut(start, stop), divergence, options, kd_temperature,
+                ce_weight, grad_scale / num_tokens,
             )  # fmt: skip
             if grad_hidden_PH is not None:
                 torch.mm(logits_CV, matrix_VH, out=grad_hidden_PH[start:stop])
@@ -169,10 +168,13 @@ class _HeadLoss(torch.autograd.Function):
                 grad_weight_VH.addmm_(logits_CV.T, chunk_CH)
             elif grad_weight_VH is not None:
                 grad_weight_VH += logits_CV.T @ chunk_CH
+            if grad_bias_V is not None:
+                grad_bias_V += logits_CV.sum(0, dtype=torch.float32)
             del logits_CV, teacher_CV  # before the next chunk takes its memory, not after
         if need_weight and grad_weight_VH is None:
             grad_weight_VH = torch.zeros_like(weight_VH)
-        ctx.gradients = (grad_hidden_PH, None if grad_weight_VH is None else grad_weight_VH.to(weight_VH.dtype))
+        grad_weight_VH = None if grad_weight_VH is None else grad_weight_VH.to(weight_VH.dtype)
+        ctx.gradients = (grad_hidden_PH, grad_weight_VH, None if grad_bias_V is None else grad_bias_V.to(bias_V.dtype))  # type: ignore[union-attr]
         divergence_mean, cross_entropy_mean = sums[0] / num_tokens, sums[1] / num_tokens
         ctx.mark_non_differentiable(divergence_mean, cross_entropy_mean)
         loss = (1.0 - ce_weight) * divergence_mean + ce_weight * cross_entropy_mean
@@ -185,21 +187,30 @@ class _HeadLoss(torch.autograd.Function):
         scale = float(grad)
         if scale != 1.0:
             gradients = tuple(None if gradient is None else gradient.mul_(scale) for gradient in gradients)
-        return (*gradients, None, None, None, None)
+        return (*gradients, None, None, None, None, None)
 
 
 def _losses_in_place(
-    logits_CV: Tensor, teacher_CV: Tensor | None, targets: Targets, divergence: str, options: dict[str, float],
-    kd_temperature: float, ce_weight: float, scale: float,
+    logits_CV: Tensor, head: OutputHead, teacher_CV: Tensor | None, teacher_head: OutputHead | None, targets: Targets,
+    divergence: str, options: dict[str, float], kd_temperature: float, ce_weight: float, scale: float,
 ) -> Tensor:  # fmt: skip
-    """(summed divergence, summed cross-entropy), float32; ``logits_CV`` becomes the gradient of ``scale`` times the loss."""
+    """(summed divergence, summed cross-entropy), float32, from the heads' matrix products.
+
+    ``logits_CV``, the student's, becomes the gradient of ``scale`` times the loss by that product.
+    """
     rows = len(logits_CV) if logits_CV.is_cuda else max(1, BLOCK_ELEMENTS // logits_CV.shape[1])
     sums = logits_CV.new_zeros(2, dtype=torch.float32)
     for start in range(0, len(logits_CV), rows):
-        block_RV = logits_CV[start : start + rows]
+        product_RV = logits_CV[start : start + rows]
         teacher_RV = None if teacher_CV is None else teacher_CV[start : start + rows]
-        part = targets.cut(start, start + len(block_RV))
+        if teacher_RV is not None and teacher_head is not None:
+            teacher_RV = teacher_head.finish_(teacher_RV)
+        part = targets.cut(start, start + len(product_RV))
+        block_RV = head.finish_(product_RV)
+        slope = head.slope(block_RV)
         sums += _block_in_place(block_RV, teacher_RV, part, divergence, options, kd_temperature, ce_weight, scale)
+        if not head.is_plain:
+            product_RV.copy_(block_RV.mul_(slope))
     return sums
 
 
@@ -241,33 +252,3 @@ def _weighted_divergence(
         return kl_N @ targets.pair_weight_N, kl_grad_RV
     kl_R, kl_grad_RV = divergence_with_gradient(divergence, log_q_RV, log_p_RV, kd_temperature=kd_temperature, **options)
     return kl_R @ targets.weight_P, kl_grad_RV.mul_(targets.weight_P[:, None])
-
-
-def plain_head(model: Any) -> Tensor:
-    """The (V, H) matrix that turns the last hidden states of a causal language model into its logits.
-
-    Raises:
-        TrainingError: the logits are anything else than hidden states times that matrix (a bias, soft-capping, a scale):
-            a loss on the matrix alone would silently be another model's loss.
-    """
-    name = type(model).__name__
-    head = model.get_output_embeddings()
-    if model.base_model is model or not isinstance(getattr(head, "weight", None), Tensor):
-        raise TrainingError(f"{name} has no output embedding; distillation needs a causal language model with a linear head")
-    config = model.config.get_text_config()
-    known = {key: getattr(config, key, None) for key in SCALING_ATTRIBUTES}
-    scaled = {key: value for key, value in known.items() if value not in (None, 1, 1.0)}
-    if scaled or getattr(head, "bias", None) is not None:
-        cause = ", ".join(f"{key}={value}" for key, value in scaled.items()) or "a bias"
-        raise TrainingError(f"the head of {name} is not a plain matrix ({cause}). Choose a model without it.")
-    weight_VH: Tensor = head.weight
-    probe = torch.arange(2, min(10, weight_VH.shape[0]), device=weight_VH.device)[None]
-    with evaluating(model), torch.no_grad():
-        logits_BTV = model(input_ids=probe, use_cache=False).logits.float()
-        ours_BTV = (model.base_model(input_ids=probe, use_cache=False).last_hidden_state @ weight_VH.T).float()
-    if logits_BTV.shape != ours_BTV.shape or not torch.allclose(
-        logits_BTV, ours_BTV, rtol=PROBE_TOLERANCE, atol=PROBE_TOLERANCE * float(logits_BTV.abs().max())
-    ):
-        raise TrainingError(f"the logits of {name} are not its last hidden states times its output embedding. "
-                            "Choose a model with a plain linear head.")  # fmt: skip
-    return weight_VH

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from distill_pipeline.models.forward import column_logits, evaluating
 from distill_pipeline.training.batches import Example, Layout, MicroBatch, micro_batches
+from distill_pipeline.training.spec import Precision
 
 MASKING_ATTENTION = {"sdpa", "eager"}
 """Attention implementations of transformers that take a mask of any shape."""
@@ -21,9 +22,16 @@ PROBE_TOLERANCE = 1e-3
 """How far, relative to their largest entry, hidden states of the two layouts may lie apart (float32 rounding: 1e-6)."""
 
 
-def forward_precision(device_type: str, use_bfloat16: bool) -> contextlib.AbstractContextManager[Any]:
-    """What a student's forward passes run in: bfloat16 by autocast, or the weights' own float32."""
-    return torch.autocast(device_type, torch.bfloat16) if use_bfloat16 else contextlib.nullcontext()
+def compute_dtype(precision: Precision, device: str) -> torch.dtype:
+    """What forward passes run in; ``auto`` is bfloat16 on CUDA and float32 elsewhere."""
+    if precision == "auto":
+        precision = "bf16" if torch.device(device).type == "cuda" else "fp32"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def forward_precision(device_type: str, dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
+    """What a student's forward passes run in: ``dtype`` by autocast, or the weights' own float32."""
+    return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device_type, dtype)
 
 
 def hidden_states(model: Any, batch: MicroBatch) -> Tensor:

@@ -30,12 +30,15 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from distill_pipeline.errors import ConfigError
-from distill_pipeline.training.batches import Example
+from distill_pipeline.training.batches import Example, MicroBatch, micro_batches
 from distill_pipeline.training.student import decoder_layers
 
 Result = TypeVar("Result")
 
 _WORK, _FAILURES = "distill/work", "distill/failures"
+
+_IDLE = Example("idle", (0,), ((0,),), (0,))
+"""What a process without work reads; every vocabulary has this token, every table of signals this row."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +159,20 @@ class Processes:
         found: list[float] = tensor.tolist()
         return found
 
+    def passes(self, own: Iterable[MicroBatch]) -> Iterator[tuple[MicroBatch, bool]]:
+        """This process's micro-batches, each with True; then one of a single token, with False, up to the most of any process.
+
+        Models in shards are called by all processes together, so that each calls as often as the others.
+        """
+        if self.size == 1:
+            yield from ((part, True) for part in own)
+            return
+        mine = list(own)
+        missing = self.most(len(mine)) - len(mine)
+        yield from ((part, True) for part in mine)
+        for idle in micro_batches([_IDLE] * missing, layout="plain", max_tokens=1, pad_id=0):
+            yield idle, False
+
     # --- models ---
 
     def loading_device(self, device: str) -> str:
@@ -242,7 +259,7 @@ class _Inside(torch.nn.Module):
         return function(*args)
 
 
-def _sum_of_bucket(_: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def _sum_of_bucket(_: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
     """Gradients are summed, not averaged: every loss is already divided by the tokens of all processes."""
     future = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
     summed: torch.futures.Future[Tensor] = future.then(lambda done: done.value()[0])
@@ -254,10 +271,11 @@ def _sharded(model: Any, device: str, size: int) -> torch.nn.Module:
     mesh = init_device_mesh(torch.device(device).type, (size,))
     for layer in decoder_layers(model):
         fully_shard(layer, mesh=mesh)
-    inside: torch.nn.Module = fully_shard(_Inside(model), mesh=mesh)
+    inside = _Inside(model)
+    fully_shard(inside, mesh=mesh)
     for part in inside.modules():
         if isinstance(part, FSDPModule):
-            part.set_gradient_divide_factor(1.0)
+            part.set_gradient_divide_factor(1.0)  # a sum, see _sum_of_bucket
             part.set_force_sum_reduction_for_comms(True)
     return inside
 

@@ -99,6 +99,9 @@ def stage_load(stage: TrainStageSpec, num_prompts: int, a_prompt: int, tokens_a_
 def learning_rate(stage: TrainStageSpec, done: int, whole: int, size: int = 1) -> float:
     """Rises linearly over the first ``warmup_frac`` of the way, then follows ``schedule`` down to zero (or stays).
 
+    ``wsd`` stays, and falls linearly on the last ``decay_frac`` of the way (warmup, stable, decay: Hu et al. 2024,
+    arXiv:2404.06395, section 4.2).
+
     Args:
         done, whole, size: what is behind the step, the whole way, and the step's own part of it; in steps, or in tokens.
     """
@@ -108,4 +111,6 @@ def learning_rate(stage: TrainStageSpec, done: int, whole: int, size: int = 1) -
     passed = (done - warmup) / max(1, whole - warmup)
     if stage.schedule == "constant":
         return stage.lr
+    if stage.schedule == "wsd":
+        return stage.lr * min(1.0, (whole - done) / (stage.decay_frac * whole))
     return stage.lr * (1.0 - passed if stage.schedule == "linear" else (1.0 + math.cos(math.pi * passed)) / 2)

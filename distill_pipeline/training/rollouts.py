@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from distill_pipeline.errors import ConfigError, TrainingError
 from distill_pipeline.generation.decoders import Decoder, PlainDecoder, decoder_for
 from distill_pipeline.generation.engine import Request, TransformersEngine
@@ -50,14 +52,17 @@ class RolloutBatch:
 class StudentSampler:
     """Answers prompts with a student under training, whose weights it shares."""
 
-    def __init__(self, student: Any, renderer: ChatRenderer, *, seed: int, limit: int, use_bfloat16: bool = False) -> None:
+    def __init__(
+        self, student: Any, renderer: ChatRenderer, *, seed: int, limit: int, dtype: torch.dtype = torch.float32
+    ) -> None:
         """
         Args:
             student: a transformers causal language model; between rollouts it is whatever its trainer makes of it.
             limit: most tokens of a prompt with its completion; see :func:`length_limit`.
+            dtype: what the forward passes run in.
         """
         self._student, self._renderer, self._seed, self._limit = student, renderer, seed, limit
-        self._use_bfloat16 = use_bfloat16
+        self._dtype = dtype
         with evaluating(student):
             self.shares_prefixes = isinstance(decoder_for(student), SharedPrefixDecoder)
         self.num_tokens = 0
@@ -106,7 +111,7 @@ class StudentSampler:
         decoder: Decoder = SharedPrefixDecoder(student) if self.shares_prefixes else PlainDecoder(student)
         engine = TransformersEngine(student, self._renderer, batch_tokens=rollouts.batch_tokens, decoder=decoder)
         engine.context_tokens = self._limit
-        with evaluating(student), forward_precision(student.device.type, self._use_bfloat16):
+        with evaluating(student), forward_precision(student.device.type, self._dtype):
             answers = engine.generate(
                 requests, max_tokens=rollouts.max_tokens, temperature=rollouts.temperature, top_k=rollouts.top_k,
                 top_p=rollouts.top_p,

@@ -14,7 +14,9 @@ ALGORITHM = "student_checkpoint/1"
 DataRef = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]+(_[a-z0-9]+)*/[a-z0-9]+(_[a-z0-9]+)*$")]
 
 
-Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd", "akl"]
+Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd", "akl", "uld"]
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 DIVERGENCE_OPTION: Mapping[str, Literal["alpha", "beta", "mu"]] = {
     "jsd": "beta", "skew_forward_kl": "alpha", "skew_reverse_kl": "alpha", "akl": "mu",
@@ -22,11 +24,38 @@ DIVERGENCE_OPTION: Mapping[str, Literal["alpha", "beta", "mu"]] = {
 """The number that a divergence of :mod:`distill_pipeline.losses` takes beside the logits, where it takes one."""
 
 
-class PruneSpec(Spec):
-    """Drop layers of the teacher: those with the least block influence (1 - cosine of a layer's input and output)."""
+Layer = Annotated[int, Field(ge=0)]
 
-    layers: int = Field(ge=1, description="layers that stay")
-    by: Literal["block_influence"] = "block_influence"
+
+class PruneSpec(Spec):
+    """Drop layers of the teacher: as many as leave ``layers``, chosen ``by`` a measure, or those of a list.
+
+    ``block_influence`` drops the layers that turn their input least, each by itself; ``angular_distance`` drops the run of
+    neighbours that turns it least as a whole.
+    """
+
+    layers: int | None = Field(None, ge=1, description="layers that stay")
+    by: Literal["block_influence", "angular_distance"] = "block_influence"
+    keep: tuple[Layer, ...] | None = Field(None, min_length=1, description="the layers that stay, counted from 0")
+    drop: tuple[Layer, ...] | None = Field(None, min_length=1, description="the layers that go, counted from 0")
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> "PruneSpec":
+        given = [name for name in ("layers", "keep", "drop") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of layers, keep, drop (given: {', '.join(given) or 'none'})")
+        if self.layers is None and "by" in self.model_fields_set:
+            raise ValueError(f"by: not read where {given[0]} lists the layers")
+        for name in ("keep", "drop"):
+            listed = getattr(self, name) or ()
+            if list(listed) != sorted(set(listed)):
+                raise ValueError(f"{name} is {list(listed)}; list each layer once, in rising order")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_unread(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        hidden = {"keep", "drop"} if self.layers is not None else {"layers", "by"}
+        return {name: value for name, value in handler(self).items() if name not in hidden and value is not None}
 
 
 class ScratchSpec(Spec):
@@ -72,11 +101,29 @@ class RolloutSpec(Spec):
         return self.top_k is not None or self.top_p < 1.0
 
 
+class HeldOutSpec(Spec):
+    """A small part of the prompts that trains nothing: on it a student is compared with its teacher while it learns.
+
+    The teacher stays in memory for it, whatever the stages read.
+    """
+
+    fraction: float = Field(0.05, gt=0.0, lt=1.0, description="share of the prompts, by hash: new prompts move none of them")
+    every: int = Field(50, ge=1, description="optimizer steps from one comparison to the next; one more ends a stage")
+
+
+class EarlyStopSpec(Spec):
+    """When a stage has learnt enough: its held-out divergence from the teacher falls no more. The best weights stay."""
+
+    patience: int = Field(3, ge=1, description="comparisons in a row without progress that end the stage")
+    min_delta: float = Field(0.0, ge=0.0, description="nats a token below the least so far that count as progress")
+
+
 class TrainStageSpec(Spec):
     """One stage of a student's training. Stages run in order.
 
     ``sft`` learns the data's tokens and ``logit_kd`` the teacher's distribution on them; ``on_policy`` learns the teacher's
-    distribution on what the student itself answers to the data's prompts.
+    distribution on what the student itself answers to the data's prompts. With divergence ``uld`` the two models may have
+    different tokenizers.
     """
 
     method: Literal["sft", "logit_kd", "on_policy"]
@@ -104,10 +151,14 @@ class TrainStageSpec(Spec):
     batch_prompts: int = Field(16, ge=1, description="prompts an optimizer step, each with all its completions")
     micro_batch_tokens: int = Field(1024, ge=64, description="most tokens a forward pass; changes memory, never the result")
     lr: float = Field(3e-4, gt=0.0)
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     warmup_frac: float = Field(0.05, ge=0.0, lt=1.0)
+    decay_frac: float = Field(0.1, gt=0.0, le=1.0, description="the last part of the way, on which wsd falls to zero")
     weight_decay: float = Field(0.0, ge=0.0)
     clip_norm: float | None = Field(1.0, gt=0.0)
+    early_stop: EarlyStopSpec | None = Field(
+        None, exclude_if=lambda value: value is None, description="end the stage earlier, by the student's held_out part"
+    )
 
     @property
     def distills(self) -> bool:
@@ -120,6 +171,11 @@ class TrainStageSpec(Spec):
         return self.distills and self.signal == "online"
 
     @property
+    def reads_apart(self) -> bool:
+        """Whether student and teacher each read the data in their own tokens."""
+        return self.method == "logit_kd" and self.divergence == "uld"
+
+    @property
     def divergence_options(self) -> dict[str, float]:
         """The divergence's own number, by its name."""
         name = DIVERGENCE_OPTION.get(self.divergence)
@@ -128,9 +184,18 @@ class TrainStageSpec(Spec):
     @model_validator(mode="after")
     def _no_setting_in_vain(self) -> "TrainStageSpec":
         if vain := sorted(self._unread() & self.model_fields_set):
-            raise ValueError(f"{', '.join(vain)}: not read by method {self.method} with divergence {self.divergence}")
+            raise ValueError(
+                f"{', '.join(vain)}: not read by method {self.method} with divergence {self.divergence} and schedule "
+                f"{self.schedule}"
+            )
+        if self.schedule == "wsd" and self.warmup_frac + self.decay_frac > 1.0:
+            raise ValueError(
+                f"warmup_frac {self.warmup_frac} and decay_frac {self.decay_frac} are more than the whole way; lower one"
+            )
         if self.signal != "online" and (self.method, self.divergence) != ("logit_kd", "forward_kl"):
             raise ValueError(f"signal {self.signal} is for method logit_kd with divergence forward_kl")
+        if self.divergence == "uld" and self.method == "on_policy":
+            raise ValueError("divergence uld pairs a teacher's answers in two tokenizations: it is for method logit_kd")
         if self.method == "on_policy" and self.lambda_ == 1.0 and self.ce_weight > 0.0:
             raise ValueError(f"ce_weight is {self.ce_weight}, but with lambda_ 1 no step sees the data's tokens")
         if self.objective == "policy_gradient":
@@ -153,6 +218,7 @@ class TrainStageSpec(Spec):
     def _unread(self) -> set[str]:
         """Settings of other methods and divergences."""
         unread = {"alpha", "beta", "mu"} - (self.divergence_options.keys() if self.distills else set())
+        unread |= set() if self.schedule == "wsd" else {"decay_frac"}
         return unread if self.method == "on_policy" else unread | {"lambda_", "objective", "rollouts"}
 
     @model_serializer(mode="wrap")
@@ -162,15 +228,70 @@ class TrainStageSpec(Spec):
         return {name: value for name, value in handler(self).items() if name not in hidden}
 
 
+class LoraSpec(Spec):
+    """Low-rank adapters: only they are trained, and merged into the weights at the end."""
+
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32.0, gt=0.0, description="the adapters' product is multiplied by alpha / rank")
+    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="of the adapters' inputs; other micro-batches draw others")
+    target_modules: tuple[str, ...] | None = Field(
+        None, min_length=1, description="layers by the last part of their names; null is every linear layer but the head"
+    )
+
+
 class StudentSpec(Spec):
     """One student: its data (``teacher/filter``, several for several teachers), its first weights, its training."""
 
     data: tuple[DataRef, ...] = Field(min_length=1)
     init: InitSpec
     stages: tuple[TrainStageSpec, ...] = Field(min_length=1)
+    system: Literal["teacher", "none"] = Field(
+        "teacher", exclude_if=lambda value: value == "teacher",
+        description="system prompts it reads the data under: the teacher's, or none, so that they become part of the weights",
+    )  # fmt: skip
+    target: Literal["trace", "answer", "both"] = Field(
+        "trace", exclude_if=lambda value: value == "trace",
+        description="what it learns to write: the whole trace, the answer alone, or answer and reasoning as two tasks",
+    )  # fmt: skip
+    answer_weight: float = Field(
+        0.5, gt=0.0, lt=1.0, exclude_if=lambda value: value == 0.5,
+        description="with target both: the answers' share of the loss, each task's loss being the mean over its tokens",
+    )  # fmt: skip
     max_length: int = Field(
         2048, ge=16, description="longest prompt plus completion in tokens; longer ones are left out, counted"
     )
+    held_out: HeldOutSpec | None = Field(
+        None, exclude_if=lambda value: value is None, description="compare it with its teacher while it is trained"
+    )
+    lora: LoraSpec | None = Field(
+        None, exclude_if=lambda value: value is None, description="train adapters instead of the weights themselves"
+    )
+    precision: Precision = Field(
+        "auto", exclude_if=lambda value: value == "auto",
+        description="of forward passes; auto is bf16 on CUDA, else fp32; weights and losses are always fp32",
+    )  # fmt: skip
+    gradient_checkpointing: bool = Field(
+        False, exclude_if=lambda value: value is False,
+        description="keep only what enters each layer and compute the rest again: less memory, more time, same result",
+    )  # fmt: skip
+
+    @model_validator(mode="after")
+    def _settings_fit_the_stages(self) -> "StudentSpec":
+        if "answer_weight" in self.model_fields_set and self.target != "both":
+            raise ValueError(f"answer_weight is for target both; the target is {self.target}")
+        for index, stage in enumerate(self.stages):
+            if self.system == "none" and stage.distills:
+                raise ValueError(
+                    f"system none is for sft: in stages.{index} ({stage.method}) the teacher reads the student's own tokens, "
+                    "so it would not know the system prompt either"
+                )
+            if self.target != "trace" and stage.signal != "online":
+                raise ValueError(
+                    f"target {self.target}: the signals of stages.{index} are stored for whole traces; use signal: online"
+                )
+            if self.target == "both" and stage.method == "on_policy":
+                raise ValueError(f"target both: stages.{index} (on_policy) answers prompts itself; use trace or answer")
+        return self
 
     @model_validator(mode="after")
     def _first_stage_has_none_before(self) -> "StudentSpec":
@@ -188,11 +309,27 @@ class StudentSpec(Spec):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _early_stops_are_measured(self) -> "StudentSpec":
+        for index, stage in enumerate(self.stages):
+            if stage.early_stop is not None and self.held_out is None:
+                raise ValueError(
+                    f"stages.{index}.early_stop: it looks at the divergence on prompts that train nothing; give held_out too, "
+                    "for instance held_out: {fraction: 0.05, every: 50}"
+                )
+        return self
+
+    @property
+    def method(self) -> str:
+        """How it is trained, in a word a stage, and what sets it apart from a student of whole traces under system prompts."""
+        marks = [self.target] * (self.target != "trace") + ["untold"] * (self.system == "none")
+        return "+".join(dict.fromkeys([*(stage.method for stage in self.stages), *marks]))
+
     def signal_kinds(self) -> tuple[SignalKind, ...]:
         """The kinds of stored teacher signals that the stages read."""
         return tuple(dict.fromkeys(stage.signal for stage in self.stages if stage.signal != "online"))
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether a stage reads the teacher's distributions from the teacher itself."""
-        return any(stage.needs_teacher for stage in self.stages)
+        """Whether the teacher itself is read: by a stage, or on held-out prompts."""
+        return self.held_out is not None or any(stage.needs_teacher for stage in self.stages)

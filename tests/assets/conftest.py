@@ -62,7 +62,7 @@ TERMS = {
     "name": "smollm2",
     "model": "m",
     "license": "apache-2.0",
-    "verdict": "free",
+    "verdict": "allowed",
     "obligations": [],
     "accepted_because": None,
 }

@@ -17,8 +17,9 @@ TEACHER = (4.0, 3.0, 1.0, 0.0, -1.0)
 STUDENT = (3.0, 3.5, 0.0, 0.5, -1.0)
 ALL = {
     "forward_kl": losses.forward_kl, "reverse_kl": losses.reverse_kl, "jsd": losses.jsd, "tvd": losses.tvd, "akl": losses.akl,
-    "skew_forward_kl": losses.skew_forward_kl, "skew_reverse_kl": losses.skew_reverse_kl,
+    "skew_forward_kl": losses.skew_forward_kl, "skew_reverse_kl": losses.skew_reverse_kl, "uld": losses.uld,
 }  # fmt: skip
+DEFAULTS = {"jsd": {"beta": 0.5}, "akl": {"mu": 0.5}, "skew_forward_kl": {"alpha": 0.1}, "skew_reverse_kl": {"alpha": 0.1}}
 Loss = Callable[..., Tensor]
 
 
@@ -39,6 +40,7 @@ REFERENCE = [
     ("skew_forward_kl", {"alpha": 0.1}, 0.206892), ("skew_forward_kl", {"alpha": 0.5}, 0.066146),
     ("skew_reverse_kl", {"alpha": 0.1}, 0.213664), ("skew_reverse_kl", {"alpha": 0.5}, 0.062716),
     ("forward_kl", {"kd_temperature": 2.0}, 0.265576), ("forward_kl", {"kd_temperature": 4.0}, 0.255424),
+    ("uld", {}, 0.218517),
 ]  # fmt: skip
 
 
@@ -55,6 +57,26 @@ def test_gradient_carries_the_square_of_the_temperature(kd_temperature: float, n
     losses.forward_kl(student, one_token(TEACHER), labels(1, 1), kd_temperature=kd_temperature).backward()
     assert student.grad is not None
     assert abs(student.grad.norm().item() - norm) < 1e-6
+
+
+def test_temperature_without_end_has_the_limit_of_the_reference_table() -> None:
+    student, teacher = one_token(STUDENT), one_token(TEACHER)
+    limit = in_float64("forward_kl", student, teacher, 1e5).item()
+    assert abs(limit - 0.230000) < 1e-5
+    oracle = in_float64("forward_kl", student, teacher, 32.0).item()
+    assert abs(losses.forward_kl(student, teacher, labels(1, 1), kd_temperature=32.0).item() - oracle) < 2e-4
+    assert abs(oracle - limit) < 5e-3
+
+
+def test_forward_kl_leaves_no_entropy_out() -> None:
+    student, teacher = one_token(STUDENT), one_token(TEACHER)
+    p = teacher[0, 0].softmax(-1)
+    each = [losses.cross_entropy(student, torch.full((1, 1), token)).item() for token in range(5)]
+    crossed = sum(chance * ce for chance, ce in zip(p.tolist(), each, strict=True))
+    entropy = -(p * p.log()).sum().item()
+    assert crossed == pytest.approx(1.055681, abs=1e-6)
+    assert entropy == pytest.approx(0.799180, abs=1e-6)
+    assert losses.forward_kl(student, teacher, labels(1, 1)).item() == pytest.approx(crossed - entropy, abs=1e-6)
 
 
 def test_cross_entropy_equals_torch_in_value_and_gradient() -> None:
@@ -85,6 +107,7 @@ def in_float64(name: str, student: Tensor, teacher: Tensor, kd_temperature: floa
             "forward_kl": lambda: kl(p, q), "reverse_kl": lambda: kl(q, p), "tvd": lambda: (p - q).abs().sum(-1) / 2,
             "jsd": lambda: (kl(p, (p + q) / 2) + kl(q, (p + q) / 2)) / 2,
             "skew_forward_kl": lambda: kl(p, 0.1 * p + 0.9 * q), "skew_reverse_kl": lambda: kl(q, 0.1 * q + 0.9 * p),
+            "uld": lambda: (q.sort(-1).values - p.sort(-1).values).abs().sum(-1),
         }[name]()  # fmt: skip
     return value.mean() * kd_temperature**2
 
@@ -164,6 +187,32 @@ def test_ignored_positions_change_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
+@given(
+    seed=st.integers(0, 10_000), mask=st.lists(st.lists(st.booleans(), min_size=5, max_size=5), min_size=1, max_size=4),
+    vocabulary=st.integers(1, 9), kd_temperature=st.sampled_from([0.7, 1.0, 2.0]),
+)  # fmt: skip
+@settings(deadline=None, max_examples=25)
+def test_the_loss_is_the_mean_over_unmasked_tokens_wherever_these_stand(
+    name: str, seed: int, mask: list[list[bool]], vocabulary: int, kd_temperature: float
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher = (torch.randn(len(mask), 5, vocabulary, generator=generator) for _ in range(2))
+    student.requires_grad_(True)
+    kept = torch.tensor(mask)
+    marked = torch.where(kept, 0, losses.IGNORED_LABEL)
+    value = ALL[name](student, teacher, marked, kd_temperature=kd_temperature)
+    alone = [
+        ALL[name](student[i, j].view(1, 1, -1), teacher[i, j].view(1, 1, -1), labels(1, 1), kd_temperature=kd_temperature)
+        for i, j in kept.nonzero().tolist()
+    ]
+    expected = torch.stack(alone).mean() if alone else student.sum() * 0.0
+    torch.testing.assert_close(value, expected, atol=1e-6, rtol=1e-5)
+    found, other = (torch.autograd.grad(loss, student)[0] for loss in (value, expected))
+    torch.testing.assert_close(found, other, atol=1e-6, rtol=1e-5)
+    assert not found[~kept].any()
+
+
+@pytest.mark.parametrize("name", ALL)
 @given(shift=st.floats(-30, 30), seed=st.integers(0, 1000))
 @settings(deadline=None, max_examples=20)
 def test_a_constant_added_to_all_logits_changes_nothing(name: str, shift: float, seed: int) -> None:
@@ -190,7 +239,36 @@ def test_no_gradient_reaches_the_teacher(name: str) -> None:
     assert teacher.grad is None
 
 
+@given(seed=st.integers(0, 1000), ours=st.integers(1, 9), theirs=st.integers(1, 9))
+@settings(deadline=None, max_examples=40)
+def test_uld_of_two_vocabularies_is_that_of_the_smaller_filled_up_with_impossible_tokens(
+    seed: int, ours: int, theirs: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher = (torch.randn(1, 3, size, generator=generator) for size in (ours, theirs))
+    student.requires_grad_(True)
+    wide = [F.pad(x, (0, 9 - x.shape[-1]), value=-math.inf) for x in (student, teacher)]
+    value, filled = losses.uld(student, teacher, labels(1, 3)), losses.uld(*wide, labels(1, 3))
+    torch.testing.assert_close(value, filled)
+    found, expected = (torch.autograd.grad(x, student)[0] for x in (value, filled))
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_uld_sees_how_sure_a_model_is_and_not_of_what() -> None:
+    teacher = torch.randn(1, 4, 7)
+    assert losses.uld(teacher.flip(-1), teacher, labels(1, 4)).item() == pytest.approx(0.0, abs=1e-6)
+    assert losses.uld(torch.zeros(1, 4, 7), teacher, labels(1, 4)).item() > 0.1
+
+
 @pytest.mark.parametrize("name", ALL)
+def test_the_divergence_of_the_fused_head_vanishes_too_when_student_equals_teacher(name: str) -> None:
+    log_p = losses.log_probs(torch.randn(6, 1000, generator=torch.Generator().manual_seed(0)) * 3)
+    value, gradient = losses.divergence_with_gradient(name, log_p.clone(), log_p.clone(), **DEFAULTS.get(name, {}))
+    assert value.abs().max().item() < 1e-6
+    assert gradient.abs().max().item() < 1e-6
+
+
+@pytest.mark.parametrize("name", sorted(ALL.keys() - {"uld"}))
 def test_different_vocabularies_are_refused(name: str) -> None:
     with pytest.raises(VocabularyMismatchError, match="the student has 5 logits a token and the teacher 6"):
         ALL[name](torch.zeros(1, 1, 5), torch.zeros(1, 1, 6), labels(1, 1))

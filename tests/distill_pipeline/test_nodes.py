@@ -56,12 +56,13 @@ def test_the_filter_ablation_uses_again_what_the_quickstart_made() -> None:
     assert set(ablation["students"]) == set(ablation["filters"])
 
 
-def test_the_on_policy_comparison_uses_again_what_the_quickstart_made_at_one_budget() -> None:
-    ours = yaml.safe_load(QUICKSTART.with_name("on_policy.yaml").read_text())
+def test_the_methods_use_again_what_the_quickstart_made_at_one_budget() -> None:
+    ours = yaml.safe_load(QUICKSTART.with_name("methods.yaml").read_text())
     found, theirs = versions(ours), versions(yaml.safe_load(QUICKSTART.read_text()))
-    shared = {"prompt_pool", "teacher_outputs/smollm2", "scored_outputs/smollm2", "filtered_set/smollm2/verified"}
+    shared = {"teacher_outputs/smollm2", "scored_outputs/smollm2"}
     assert {name: found[name] for name in shared} == {name: theirs[name] for name in shared}
-    assert set(ours["students"]) == {"kl", "staged", "on_policy"}
+    methods = {"scratch", "sft", "forward_kl", "reverse_kl", "jsd", "topk", "sampled", "staged", "on_policy"}
+    assert set(ours["students"]) == methods
     budgets = {sum(stage["max_tokens"] for stage in student["stages"]) for student in ours["students"].values()}
     assert len(budgets) == 1
 

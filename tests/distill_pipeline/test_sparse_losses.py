@@ -44,6 +44,48 @@ def test_values_with_a_tail_bucket_are_those_of_the_reference_table(k: int, valu
     assert topk_forward_kl(STUDENT, *stored(TEACHER, k), labels).item() == pytest.approx(value, abs=1e-6)
 
 
+def bucketed(logits: Tensor, k: int) -> Tensor:
+    """Log-probabilities of the teacher's k likeliest tokens and of all others together."""
+    log_p = logits.double().log_softmax(-1)
+    ids = TEACHER.topk(k, dim=-1).indices
+    rest = torch.logsumexp(log_p.scatter(-1, ids, -math.inf), -1, keepdim=True)
+    return torch.cat([log_p.gather(-1, ids), rest], dim=-1)
+
+
+@pytest.mark.parametrize(("k", "forward", "reverse"), [(1, 0.232476, 0.238390), (2, 0.244082, 0.258264), (3, 0.256108, None)])
+def test_the_tail_bucket_is_the_divergence_of_the_two_distributions_seen_through_it(
+    k: int, forward: float, reverse: float | None
+) -> None:
+    labels = torch.zeros(1, 1, dtype=torch.int64)
+    seen = bucketed(STUDENT, k), bucketed(TEACHER, k)
+    assert losses.forward_kl(*seen, labels).item() == pytest.approx(forward, abs=1e-6)
+    assert topk_forward_kl(STUDENT, *stored(TEACHER, k), labels).item() == pytest.approx(forward, abs=1e-6)
+    if reverse is not None:
+        assert losses.reverse_kl(*seen, labels).item() == pytest.approx(reverse, abs=1e-6)
+
+
+@pytest.mark.parametrize(("k", "cut", "one_renormalised", "both_renormalised"), [
+    (1, 0.459340, 1.029230, 0.0), (2, 0.245837, 0.312556, 0.257403), (3, 0.268706, 0.290973, 0.254442),
+    (4, 0.258076, 0.263969, 0.257403),
+])  # fmt: skip
+def test_the_divergence_is_none_of_those_that_drop_or_spread_the_tail(
+    k: int, cut: float, one_renormalised: float, both_renormalised: float
+) -> None:
+    ids = TEACHER.topk(k, dim=-1).indices
+    p, q = (x.double().softmax(-1).gather(-1, ids) for x in (TEACHER, STUDENT))
+    wrong = {
+        "cut": ((p * (p / q).log()).sum().item(), cut),
+        "one": ((p / p.sum() * (p / p.sum() / q).log()).sum().item(), one_renormalised),
+        "both": ((p / p.sum() * (p / p.sum() / (q / q.sum())).log()).sum().item(), both_renormalised),
+    }
+    ours = topk_forward_kl(STUDENT, *stored(TEACHER, k), torch.zeros(1, 1, dtype=torch.int64)).item()
+    for value, tabulated in wrong.values():
+        assert value == pytest.approx(tabulated, abs=1e-6)
+        assert abs(value - ours) > 8e-4
+    if k == 1:
+        assert (q * (q / p).log()).sum().item() == pytest.approx(-0.236771, abs=1e-6)  # and no divergence at all
+
+
 @pytest.mark.parametrize(("kd_temperature", "value"), [(2.0, 0.265576), (4.0, 0.255424)])
 def test_the_square_of_the_temperature_is_in_value_and_gradient(kd_temperature: float, value: float) -> None:
     labels = torch.zeros(1, 1, dtype=torch.int64)

@@ -11,8 +11,9 @@ from typing import Any
 from distill_pipeline.generation.budget import Usage
 from distill_pipeline.generation.protocol import Asked, Completion, failed_completion
 from distill_pipeline.generation.served import ServedModel
-from distill_pipeline.generation.server.replies import Choice, Reply, shared_tokens
+from distill_pipeline.generation.server.replies import Choice, Reply, shared_tokens, token_logprobs
 from distill_pipeline.generation.spec import SamplingSpec
+from distill_pipeline.system_prompts import with_system
 
 BYTES_A_TOKEN = 4
 """Where neither the server nor a tokenizer counts; the manifest then says ``estimated``."""
@@ -40,8 +41,9 @@ class ServedRequests:
     """What is the same in all requests of a teacher."""
 
     def __init__(
-        self, model: ServedModel, sampling: SamplingSpec, *, system: str | None, extra_body: Mapping[str, Any], logprobs: bool
-    ) -> None:
+        self, model: ServedModel, sampling: SamplingSpec, *, system: str | None, extra_body: Mapping[str, Any], logprobs: bool,
+        top_logprobs: int | None = None,
+    ) -> None:  # fmt: skip
         self._model, self._system, self._extra = model, system, extra_body
         self.max_tokens = sampling.max_tokens
         self._fixed: dict[str, Any] = {
@@ -50,16 +52,17 @@ class ServedRequests:
         }  # fmt: skip
         if sampling.top_k is not None:
             self._fixed["top_k"] = sampling.top_k
-        if logprobs:
+        if logprobs or top_logprobs:
             self._fixed["logprobs"] = True
+        self._top_logprobs = top_logprobs
+        if top_logprobs:
+            self._fixed |= {"top_logprobs": top_logprobs, "return_tokens_as_token_ids": True}
         self.counted_by: set[str] = set()
         """Who counted tokens so far: server, tokenizer, or nobody (estimated)."""
 
     def body(self, ask: Ask) -> bytes:
         """The request as JSON. Its seed follows from the first key: equal requests draw alike, where the server can."""
-        messages = [{"role": message["role"], "content": message["content"]} for message in ask.asked.messages]
-        if self._system is not None and (not messages or messages[0]["role"] != "system"):
-            messages.insert(0, {"role": "system", "content": self._system})
+        messages = with_system(ask.asked.messages, self._system)
         keys = ask.asked.keys
         seed = int.from_bytes(sha256(keys[0].encode()).digest()[:4], "big") >> 1
         document = self._fixed | {"messages": messages, "seed": seed} | ({"n": len(keys)} if len(keys) > 1 else {})
@@ -83,7 +86,10 @@ class ServedRequests:
                 done.append(failed_completion(key, choice.problem, prompt_tokens=prompt))
             else:
                 reason = "length" if choice.is_cut else "stop"
-                done.append(Completion(key, choice.text, (), reason, prompt, number, choice.logprob))  # type: ignore[arg-type]
+                found = token_logprobs(choice.steps) if self._top_logprobs else None
+                done.append(
+                    Completion(key, choice.text, (), reason, prompt, number, choice.logprob, tokens=found)  # type: ignore[arg-type]
+                )
         return done, Usage(prompt, total, 1)
 
     def _tokens(self, asked: Asked, choices: Sequence[Choice], reply: Reply) -> tuple[int, list[int], int]:

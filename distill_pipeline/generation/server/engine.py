@@ -37,6 +37,7 @@ class ServerEngine:
         system: str | None = None,
         extra_body: Mapping[str, Any] | None = None,
         logprobs: bool = False,
+        top_logprobs: int | None = None,
         progress: Progress = silent,
     ) -> None:
         """
@@ -44,13 +45,16 @@ class ServerEngine:
             name: what messages call the teacher.
             extra_body: more fields of each request; null takes one out.
             logprobs: ask for the log-probability of each token; their sum is the completion's.
+            top_logprobs: ask also for so many likeliest tokens at each place, named by their ids where the server can.
         """
         self._model, self._name, self._progress = model, name, progress
-        self._requests = ServedRequests(model, sampling, system=system, extra_body=extra_body or {}, logprobs=logprobs)
+        self._requests = ServedRequests(
+            model, sampling, system=system, extra_body=extra_body or {}, logprobs=logprobs, top_logprobs=top_logprobs
+        )
         self._traffic: Traffic | None = None
         self.settings = family_settings(
             identity=model.identity, revision=model.revision, engine=SERVER_ENGINE, dtype=None, system=system,
-            rendering="the server's", sampling=sampling, seed=seed,
+            rendering="the server's", sampling=sampling, seed=seed, top_logprobs=top_logprobs,
         ) | {"extra_body": dict(extra_body or {}), "logprobs": logprobs}  # fmt: skip
 
     def answer(self, windows: Iterable[Sequence[Asked]], spending: Spending) -> Generator[list[Completion], None, None]:

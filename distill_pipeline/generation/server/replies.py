@@ -7,7 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from distill_pipeline.generation.reasoning import CLOSE_TAG, OPEN_TAG
+import numpy as np
+
+from distill_pipeline.generation.protocol import TokenLogprobs
+from distill_pipeline.reasoning import CLOSE_TAG, OPEN_TAG
 
 _FINISH = {
     **dict.fromkeys(("stop", "eos", "eos_token", "end_turn", "stop_sequence"), "stop"),
@@ -18,6 +21,7 @@ _TOO_LONG = re.compile(
     re.IGNORECASE,
 )
 _NO_MONEY = re.compile(r"insufficient_quota|insufficient balance|payment required", re.IGNORECASE)
+_TOKEN_ID = "token_id:"
 MAX_ERROR_CHARS = 300
 
 
@@ -30,6 +34,8 @@ class Choice:
     logprob: float | None = None
     tokens: int | None = None
     problem: str | None = None
+    steps: Sequence[Mapping[str, Any]] = ()
+    """What the server says of each token, where it was asked for log-probabilities."""
 
 
 @dataclass(frozen=True)
@@ -115,22 +121,58 @@ def _choice(choice: Mapping[str, Any]) -> Choice:
     if finish is None:
         name = "content_filter" if reason == "content_filter" else "unknown_finish"
         return Choice("", False, problem=f"{name}: the server ended the answer with finish_reason {reason!r}")
-    text = with_reasoning(message.get("reasoning_content") or message.get("reasoning"), message.get("content"))
+    text = with_reasoning(*_parts(message))
     steps = (choice.get("logprobs") or {}).get("content")
     logprob = math.fsum(step["logprob"] for step in steps) if steps else None
-    return Choice(text, finish == "length", logprob, len(steps) if steps else None)
+    return Choice(text, finish == "length", logprob, len(steps) if steps else None, steps=steps or ())
 
 
-def with_reasoning(reasoning: str | None, content: str | None) -> str:
+def token_logprobs(steps: Sequence[Mapping[str, Any]]) -> TokenLogprobs | None:
+    """Tokens by their ids with the likeliest ones; None where the server names tokens by their texts, which have no one id."""
+    named = [token for step in steps for token in (step, *step.get("top_logprobs", ()))]
+    if not steps or not all(str(token["token"]).startswith(_TOKEN_ID) for token in named):
+        return None
+    tops = [token for step in steps for token in step["top_logprobs"]]
+    ids, top_ids = ([int(token["token"].removeprefix(_TOKEN_ID)) for token in part] for part in (steps, tops))
+    own, top = ([token["logprob"] for token in part] for part in (steps, tops))
+    return TokenLogprobs(
+        np.array(ids, np.int32), np.array(own, np.float32), np.array(top_ids, np.int32), np.array(top, np.float32)
+    )
+
+
+def _parts(message: Mapping[str, Any]) -> tuple[str, str]:
+    """Reasoning and answer of a message: fields of their own, or both as parts of ``content``, as some servers give them."""
+    reasoning = _text(message.get("reasoning_content")) or _text(message.get("reasoning"))
+    content = message.get("content")
+    if not isinstance(content, list):
+        return reasoning, _text(content)
+    thought = [part for part in content if part.get("type") in {"thinking", "reasoning"}]
+    return reasoning or _text(thought), _text([part for part in content if part not in thought])
+
+
+def _text(value: Any) -> str:
+    """A text, or that of a list of parts one after the other. Raises TypeError for what is neither: no part goes unseen."""
+    if isinstance(value, list):
+        return "".join(_text(part) for part in value)
+    if isinstance(value, Mapping):
+        named = [value[name] for name in ("text", "thinking", "reasoning") if name in value]
+        value = _text(named[0]) if named else value
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"neither text nor parts of one: {value!r}")
+    return value or ""
+
+
+def with_reasoning(reasoning: str, content: str) -> str:
     """One text of what a server gives apart: reasoning between think tags, then the answer.
 
     An answer that is not there yet leaves the tag open: the completion was cut while it reasoned. Tags inside the reasoning
     would end it, so they go.
     """
-    content = content or ""
     if not reasoning:
         return content
-    inner = reasoning.replace(OPEN_TAG, "").replace(CLOSE_TAG, "").strip()
+    inner = reasoning.strip()
+    while OPEN_TAG in inner or CLOSE_TAG in inner:
+        inner = inner.replace(OPEN_TAG, "").replace(CLOSE_TAG, "").strip()
     return f"{OPEN_TAG}\n{inner}\n{CLOSE_TAG}\n\n{content}" if content else f"{OPEN_TAG}\n{inner}"
 
 

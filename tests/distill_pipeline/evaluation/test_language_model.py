@@ -166,6 +166,17 @@ def test_answers_end_before_the_first_until_string_and_say_so(subject: Evaluated
     assert cut.finish_reason == "until"
 
 
+def test_a_task_sees_the_answer_without_the_reasoning_and_a_cut_thought_as_no_answer(
+    subject: EvaluatedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["<think>is it hot?</think>\n\n cold", "<think>is it hot or", " cold"]
+    monkeypatch.setattr(subject.renderer, "decode", lambda ids: texts[0])
+    for text, said in zip(list(texts), ("cold", "", " cold"), strict=True):
+        texts[0] = text
+        (answer,) = subject.generate_until([_request(_ask(subject, "hot?"), {"until": [], "max_gen_toks": 4})])
+        assert (answer, answer.raw_text) == (said, text)
+
+
 def test_rounds_write_the_same_answer_as_one_go(subject: EvaluatedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = [_ask(subject, text) for text in ("hot?", "cold?", "what is seven?")]
     whole = subject.generate_until([_request(p, {"until": [], "max_gen_toks": 23}) for p in prompts])

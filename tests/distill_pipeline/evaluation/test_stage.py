@@ -11,9 +11,9 @@ import torch
 from torch.nn import functional
 
 from distill_pipeline.errors import ConfigError
-from distill_pipeline.evaluation import divergence
-from distill_pipeline.evaluation.stage import held_out_divergence
+from distill_pipeline.evaluation.stage import evaluate_by_system, held_out_divergence
 from distill_pipeline.rendering import ChatRenderer
+from distill_pipeline.training import held_out
 
 Evaluate = Callable[..., dict[str, Any]]
 
@@ -35,6 +35,24 @@ def test_value_is_the_mean_of_the_documents_and_stderr_its_standard_error(evalua
         scores = torch.tensor([sample["metrics"][metric] for sample in found["samples"]], dtype=torch.float64)
         assert found["tasks"]["choice"][metric]["value"] == pytest.approx(float(scores.mean()))
         assert found["tasks"]["choice"][metric]["stderr"] == pytest.approx(float(scores.std() / len(scores) ** 0.5))
+
+
+def test_tasks_under_several_system_prompts_are_measured_as_each_alone_and_their_messages_say_which(
+    evaluate: Evaluate, student: Any, tokenizer: Any, task_folder: str
+) -> None:
+    systems = {"choice": "be brief", "written": None, "filtered": "be brief"}
+    options: dict[str, Any] = {"include_path": task_folder, "limit": None, "batch_size": 4, "device": "cpu"}
+    found = evaluate_by_system(student, tokenizer, systems=systems, progress=lambda line: None, **options)
+    for task, system in systems.items():
+        alone = evaluate(task, system=system)
+        assert (found["tasks"][task], found["primary"][task]) == (alone["tasks"][task], alone["primary"][task])
+        for sample, own in zip((s for s in found["samples"] if s["task"] == task), alone["samples"], strict=True):
+            first = [{"role": "system", "content": system}] if system else []
+            assert sample["messages"] == first + own["messages"]
+            assert sample | {"messages": None} == own | {"messages": None}
+    assert sorted(found["requested"]) == sorted(systems)
+    one = evaluate_by_system(student, tokenizer, systems={"written": "x"}, progress=lambda line: None, **options)
+    assert one == evaluate("written", system="x")
 
 
 def test_answer_of_a_choice_task_is_the_likeliest_choice(evaluate: Evaluate) -> None:
@@ -116,7 +134,7 @@ def test_divergence_is_forward_kl_over_every_token_of_the_teachers_answers(
     assert found["forward_kl"] == pytest.approx(float(torch.cat(kls).mean()), rel=1e-4)
     assert found["top1_agreement"] == pytest.approx(float(torch.cat(agreed).float().mean()))
     assert found["tokens"] == len(torch.cat(kls))
-    monkeypatch.setattr(divergence, "LOGIT_CELLS", 1)
+    monkeypatch.setattr(held_out, "LOGIT_CELLS", 1)
     in_small_batches = held_out_divergence(student, teacher, renderer, samples, "cpu")
     assert in_small_batches["forward_kl"] == pytest.approx(found["forward_kl"], rel=1e-5)
 

@@ -23,7 +23,8 @@ class FakeServer:
     """Answers from a thread of its own. An answer is a function of the prompt and the request's seed.
 
     Args:
-        fault_frac: share of requests that meet one of ``faults``, by the server's own seeded chance.
+        fault_frac: share of requests that meet one of ``faults``, by chance seeded with the prompt and how often it came:
+            what a prompt meets does not depend on the others, nor on who asks.
         seconds: how long an answer takes; while ``budget`` is used up everything is 429.
     """
 
@@ -42,9 +43,10 @@ class FakeServer:
     headers: list[str] = field(default_factory=list)
     most_in_flight: int = 0
     in_flight: int = 0
+    met: Counter[str] = field(default_factory=Counter)
+    """How often each prompt came."""
 
     def __enter__(self) -> "FakeServer":
-        self._chance = random.Random(7)
         self._loop = asyncio.new_event_loop()
         started = threading.Event()
 
@@ -116,8 +118,10 @@ class FakeServer:
             return self._say(writer, 400, {"error": {"message": "the prompt is against our policy"}})
         if body.get("n", 1) > 1 and self.takes_n == "no":
             return self._say(writer, 400, {"error": {"message": "n must be 1"}})
-        if self._chance.random() < self.fault_frac:
-            return await self._fault(self._chance.choice(self.faults), writer)
+        chance = random.Random(f"{prompt}/{self.met[prompt]}")
+        self.met[prompt] += 1
+        if chance.random() < self.fault_frac:
+            return await self._fault(chance.choice(self.faults), writer)
         await asyncio.sleep(self.seconds)
         return self._say(writer, 200, self.answer(prompt, body))
 

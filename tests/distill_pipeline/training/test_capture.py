@@ -16,6 +16,7 @@ import torch
 from distill_pipeline.errors import ConfigError, IntegrityError, SignalMismatchError, TrainingError
 from distill_pipeline.hashing import file_sha256
 from distill_pipeline.models.load import load_model, load_tokenizer
+from distill_pipeline.models.output_head import OutputHead
 from distill_pipeline.models.resolve import ModelFolder
 from distill_pipeline.outcome import Outcome
 from distill_pipeline.rendering import ChatRenderer
@@ -157,6 +158,7 @@ PROGRAM = """
 import json, sys, torch
 from pathlib import Path
 import pyarrow as pa
+from distill_pipeline.models.output_head import OutputHead
 from distill_pipeline.models.resolve import ModelFolder
 from distill_pipeline.records import TRAINING_SCHEMA
 from distill_pipeline.signals.spec import SignalsSpec
@@ -287,7 +289,7 @@ def test_logits_that_are_not_numbers_name_the_prompts(captured: Any, monkeypatch
     def broken(*args: Any, **options: Any) -> Any:
         model = original(*args, **options)
         monkeypatch.setattr(capture, "choose_layout", lambda *_: ("shared", ""))
-        monkeypatch.setattr(capture, "plain_head", lambda model: model.get_output_embeddings().weight)
+        monkeypatch.setattr(capture, "output_head", lambda model: OutputHead(model.get_output_embeddings().weight))
         with torch.no_grad():
             model.get_output_embeddings().weight[5] = torch.nan
         return model

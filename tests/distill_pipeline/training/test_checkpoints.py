@@ -1,5 +1,9 @@
 """Checkpoints: whole or absent, exact, and never used for another run."""
 
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +11,7 @@ import pytest
 import torch
 
 from distill_pipeline.training.checkpoints import latest_checkpoint, model_tensors, optimizer_tensors, save_checkpoint
-from distill_pipeline.training.loop import make_optimizer
+from distill_pipeline.training.optim import make_optimizer
 from distill_pipeline.training.spec import TrainStageSpec
 
 STATE = {"run_key": "this-run", "curve": [{"loss": 0.1}]}
@@ -72,6 +76,61 @@ def test_a_torn_checkpoint_is_skipped_with_a_word(trained: Any, tmp_path: Path, 
     if not torn:
         assert checkpoint.state["at"] == 1
         assert "step-00000002 is torn" in said[0]
+
+
+FULL_DISK = """
+import sys, torch
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM
+from distill_pipeline.errors import TrainingError
+from distill_pipeline.training.checkpoints import latest_checkpoint, save_checkpoint
+from distill_pipeline.training.loop import make_optimizer
+from distill_pipeline.training.spec import TrainStageSpec
+
+torch.set_num_threads(1)
+model = LlamaForCausalLM(LlamaConfig(vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+                                     num_attention_heads=4, tie_word_embeddings=True))
+optimizer = make_optimizer(model, TrainStageSpec(method="sft"))
+model(input_ids=torch.tensor([[3, 4]]), labels=torch.tensor([[3, 4]])).loss.backward()
+optimizer.step()
+folder = Path(sys.argv[1])
+for step in range(1, 4):
+    try:
+        save_checkpoint(folder, step, model, optimizer, {"run_key": "this-run", "at": step})
+    except TrainingError as err:
+        print("ERROR", err)
+        break
+print("LEFT", sorted(path.name for path in folder.iterdir()))
+print("AT", latest_checkpoint(folder, "this-run", print).state["at"])
+"""
+
+
+def test_a_full_disk_is_a_clear_error_and_the_last_good_checkpoints_survive(tmp_path: Path) -> None:
+    """On a real disk of 400 kB, in a mount namespace of the test's own: two checkpoints fit, the third does not."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "program.py").write_text(FULL_DISK)
+    script = 'mount -t tmpfs -o size=400k none "$1" || exit 77; exec "$2" "$3" "$1"'
+    command = ["unshare", "--mount", "--map-root-user", "sh", "-c", script, "sh", "disk", sys.executable, "program.py"]
+    environment = os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+    try:
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("there is no unshare here: a full disk is not covered")
+    if done.returncode == 77 or "unshare" in done.stderr:
+        pytest.skip(f"no small disk can be mounted here: {done.stderr.strip()}")
+    error, left, at = done.stdout.splitlines()
+    assert re.match(
+        r"ERROR the checkpoint of step 3 could not be written to disk: .*[Nn]o space left.* \([\d,]+ bytes are free\)", error
+    )
+    assert "goes on from disk/step-00000002 when it is started again. Make room first" in error
+    assert left == "LEFT ['step-00000001', 'step-00000002']"
+    assert at == "AT 2"
+
+
+def test_what_a_killed_run_left_half_written_goes_with_the_next_checkpoint(trained: Any, tmp_path: Path) -> None:
+    (tmp_path / ".tmp-00000007-123").mkdir()
+    save_checkpoint(tmp_path, 8, *trained, STATE)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000008"]
 
 
 def test_a_checkpoint_of_other_settings_is_not_used(trained: Any, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from distill_pipeline.errors import ConfigError, TrainingError
 from distill_pipeline.generation.engine import Request, TransformersEngine
 from distill_pipeline.models.load import load_model
+from distill_pipeline.models.output_head import output_head
 from distill_pipeline.models.resolve import ModelFolder
 from distill_pipeline.rendering import ChatRenderer
 from distill_pipeline.training.batches import Example
@@ -126,7 +127,7 @@ def test_loss_is_over_the_tokens_that_were_drawn_whatever_the_micro_batches(
 ) -> None:
     rolled = roll_out()
     frozen = load_model(teacher.path).requires_grad_(False)
-    pair = ModelPair(student, student.config.vocab_size, frozen)
+    pair = ModelPair(student, output_head(student), student.config.vocab_size, frozen, output_head(frozen))
     found = []
     for layout, tokens in (("shared", 4096), ("shared", 64), ("plain", 64)):
         student.zero_grad()
@@ -149,7 +150,7 @@ def test_what_is_trained_is_the_policy_that_drew(
     )
     rolled = roll_out()
     frozen = load_model(teacher.path).requires_grad_(False)
-    pair = ModelPair(student, student.config.vocab_size, frozen)
+    pair = ModelPair(student, output_head(student), student.config.vocab_size, frozen, output_head(frozen))
     result = accumulate_gradients(pair, rolled.examples, stage_of(**POLICY_GRADIENT), layout="shared", pad_id=2, device="cpu")
     assert result.ce == pytest.approx(-sum(answer.logprob for answer in drawn) / rolled.num_tokens, rel=1e-4)
 

@@ -1,6 +1,7 @@
 """Training as a whole: the teacher stays, killing changes nothing, and what cannot be trained says so."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -13,16 +14,20 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from distill_pipeline.errors import ConfigError, TrainingError, VocabularyMismatchError
 from distill_pipeline.hashing import file_sha256
 from distill_pipeline.models.load import load_model, load_tokenizer
 from distill_pipeline.models.resolve import ModelFolder
 from distill_pipeline.outcome import Outcome
-from distill_pipeline.training import loop, stage
+from distill_pipeline.training import apart, loop, measuring, stage
+from distill_pipeline.training.batches import epoch_order
 from distill_pipeline.training.position import StagePosition, learning_rate, stage_steps
 from distill_pipeline.training.spec import StudentSpec, TrainStageSpec
 from distill_pipeline.training.stage import different_ids, parameters_sha256, train_student
+from distill_pipeline.training.student import keep_layers
 
 KD, SFT = {"method": "logit_kd", "epochs": 2}, {"method": "sft", "epochs": 1}
 OWN = {"method": "on_policy", "divergence": "reverse_kl", "epochs": 2, "rollouts": {"samples": 3, "max_tokens": 10}}
@@ -66,6 +71,22 @@ def test_training_lowers_the_loss_and_leaves_a_model_that_loads(train: Any, make
     assert load_tokenizer(tmp_path / "run" / "out").chat_template is not None
     assert outcome.facts["layout"] == "shared"
     assert not (tmp_path / "run" / "work" / "checkpoints").exists()
+
+
+def test_the_untrained_students_loss_is_known_before_its_first_step(
+    train: Any, make_student: Any, make_rows: Any, renderer: Any, teacher: ModelFolder
+) -> None:  # fmt: skip
+    outcome = train(make_student(KD, init={"prune": {"keep": [0, 3]}}), rows=make_rows(12))
+    model, losses = load_model(teacher.path), []
+    keep_layers(model, [0, 3])
+    for row in make_rows(12):
+        prompt = renderer.prompt_ids(row["messages"])
+        first = row["completions"][0]
+        answer = renderer.completion_ids(first["raw_text"], finished=first["finish_reason"] == "stop")
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1]
+        losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="none"))
+    assert outcome.facts["untrained_loss"] == pytest.approx(torch.cat(losses).mean().item(), abs=1e-5)
 
 
 def test_a_student_learns_from_its_own_answers_and_says_what_they_were(
@@ -175,7 +196,7 @@ def test_a_teacher_that_changed_is_an_error(train: Any, make_student: Any, monke
 def test_equal_runs_leave_equal_files(train: Any, make_student: Any, tmp_path: Path) -> None:
     for name in ("first", "second"):
         train(make_student(KD, OWN, SFT), name)
-    files = {path.name for path in (tmp_path / "first" / "out").iterdir()}
+    files = {path.name for path in (tmp_path / "first" / "out").iterdir()} - {"speed.parquet"}  # which makes no version
     assert {"model.safetensors", "config.json", "curve.parquet", "tokenizer.json"} <= files
     for name in files:
         assert file_sha256(tmp_path / "first" / "out" / name) == file_sha256(tmp_path / "second" / "out" / name), name
@@ -272,6 +293,51 @@ def test_a_loss_that_is_no_number_names_the_batch_and_keeps_the_checkpoint(
     assert all(torch.isfinite(p).all() for p in load_model(tmp_path / "run" / "out").parameters())
 
 
+@pytest.mark.parametrize("method", [KD, OWN, KD | {"divergence": "uld"}])
+def test_a_teacher_whose_logits_are_no_numbers_names_the_prompts_and_the_checkpoint_survives(
+    train: Any, make_student: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: dict[str, Any]
+) -> None:  # fmt: skip
+    pairs, original_pair, original = [], stage._pair, loop.hidden_states
+    victim = step_prompts(12)[5]
+
+    def poisoned(model: Any, batch: Any) -> Any:
+        hidden = original(model, batch)
+        is_teacher = model is pairs[-1].teacher
+        return hidden * float("nan") if is_teacher and victim in batch.prompt_ids else hidden
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "_pair", lambda *args: pairs.append(original_pair(*args)) or pairs[-1])
+        for module in (loop, apart, measuring):
+            patch.setattr(module, "hidden_states", poisoned)
+        patch.setattr(loop, "CHECKPOINT_SHARE", float("inf"))
+        with pytest.raises(
+            TrainingError,
+            match=rf"after step 1 of 6: the loss is nan .*teacher's logits are not numbers on these prompts: {victim}\.",
+        ):
+            train(make_student(method), checkpoint_seconds=0.0)
+    assert not (tmp_path / "run" / "out").exists()
+    assert train(make_student(method)).facts["resumed_from_step"] == 1
+
+
+def step_prompts(rows: int) -> list[str]:
+    """The prompts of the first epoch in the order of its steps."""
+    return [f"prompt-{index:03d}" for index in epoch_order(rows, seed=0, epoch=0)]
+
+
+def test_a_student_that_cannot_be_written_is_a_clear_error_and_the_checkpoint_survives(
+    train: Any, make_student: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "CHECKPOINT_SHARE", float("inf"))
+    with monkeypatch.context() as patch:
+        patch.setattr(stage.pq, "write_table", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(
+            TrainingError, match=r"the student could not be written to .*No space left on device.*goes on from .*step-00000005"
+        ):
+            train(make_student(KD), checkpoint_seconds=0.0)
+    assert not (tmp_path / "run" / "out").exists()
+    assert train(make_student(KD)).facts["resumed_from_step"] == 5
+
+
 def test_other_settings_do_not_resume_a_checkpoint(train: Any, make_student: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(stage, "_write_student", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -307,6 +373,8 @@ def test_token_ids_with_two_meanings_are_refused_by_name(
         train(make_student(KD, init={"model": "other"}), init_model=other)
     with pytest.raises(VocabularyMismatchError, match="different meanings to 2 token ids"):
         train(make_student(SFT, OWN, init={"model": "other"}), init_model=other)
+    with pytest.raises(VocabularyMismatchError, match="and no held_out, which compares the two token by token"):
+        train(make_student(SFT, init={"model": "other"}, held_out={}), init_model=other)
     outcome = train(make_student(SFT, init={"model": "other"}), init_model=other)
     assert outcome.facts["tokenizer"] == "student"
 
@@ -320,6 +388,21 @@ def test_padding_rows_of_a_wider_head_are_cut(train: Any, make_student: Any, sma
     student = make_student(KD, init={"model": "m"})
     train(student, "wide_run", init_model=folder)
     train(student, "narrow_run", init_model=small_model)
+    for wide_row, narrow_row in zip(curve(tmp_path / "wide_run"), curve(tmp_path / "narrow_run"), strict=True):
+        assert abs(wide_row["loss"] - narrow_row["loss"]) < 1e-5
+
+
+def test_padding_rows_of_a_wider_teacher_are_cut(
+    train: Any, make_student: Any, teacher: ModelFolder, small_model: ModelFolder, tmp_path: Path
+) -> None:
+    wide = load_model(teacher.path)
+    wide.resize_token_embeddings(320)
+    wide.save_pretrained(tmp_path / "wide")
+    load_tokenizer(teacher.path).save_pretrained(tmp_path / "wide")
+    folder = ModelFolder(tmp_path / "wide", "wide", None, "wide", None)
+    student = make_student(KD | {"epochs": 1}, init={"model": "m"})
+    for name, frozen in (("wide_run", folder), ("narrow_run", teacher)):
+        train(student, name, init_model=small_model, teacher=frozen)
     for wide_row, narrow_row in zip(curve(tmp_path / "wide_run"), curve(tmp_path / "narrow_run"), strict=True):
         assert abs(wide_row["loss"] - narrow_row["loss"]) < 1e-5
 
@@ -395,3 +478,29 @@ def test_learning_rate_rises_and_falls_as_said() -> None:
     assert rates("linear")[-1] == pytest.approx(1 / 8)
     assert rates("cosine", 0.0)[5] == pytest.approx(0.5)
     assert all(0 < rate <= 1 for schedule in ("linear", "cosine") for rate in rates(schedule))
+
+
+@given(whole=st.integers(1, 500), warmup_frac=st.floats(0.0, 0.5), decay_frac=st.floats(0.01, 0.5), share=st.floats(0.0, 0.999))
+def test_wsd_rises_stays_and_falls_on_straight_lines(
+    whole: int, warmup_frac: float, decay_frac: float, share: float
+) -> None:  # fmt: skip
+    spec = TrainStageSpec(method="sft", lr=2.0, schedule="wsd", warmup_frac=warmup_frac, decay_frac=decay_frac)
+    done, warmup = int(share * whole), -(-warmup_frac * whole // 1)
+    rate = learning_rate(spec, done, whole)
+    if done < warmup:
+        assert rate == pytest.approx(2.0 * (done + 1) / (warmup + 1))
+    elif done <= whole * (1.0 - decay_frac):
+        assert rate == pytest.approx(2.0)
+    else:
+        assert rate == pytest.approx(2.0 * (1.0 - done / whole) / decay_frac)
+    assert 0.0 < rate <= 2.0
+    assert learning_rate(spec, whole, whole) == 0.0
+
+
+def test_cosine_and_linear_are_their_closed_forms_after_the_warmup() -> None:
+    for schedule, form in (
+        ("linear", lambda x: 1.0 - x), ("cosine", lambda x: 0.5 + 0.5 * math.cos(math.pi * x)), ("constant", lambda x: 1.0)
+    ):  # fmt: skip
+        spec = TrainStageSpec.model_validate({"method": "sft", "lr": 3.0, "schedule": schedule, "warmup_frac": 0.1})
+        rates = [learning_rate(spec, step, 50) for step in range(5, 50)]
+        assert rates == pytest.approx([3.0 * form(i / 45) for i in range(45)])

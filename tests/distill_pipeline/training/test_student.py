@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from distill_pipeline.errors import ConfigError, TrainingError
 from distill_pipeline.models.load import load_model
 from distill_pipeline.models.resolve import ModelFolder
 from distill_pipeline.training.spec import InitSpec
-from distill_pipeline.training.student import block_influence, cut_config, initial_student, keep_layers
+from distill_pipeline.training.student import angular_distances, block_influence, cut_config, initial_student, keep_layers
 
 CALIBRATION = [[5, 6, 7, 8, 9], [10, 11, 12]]
 PROBE = torch.tensor([[3, 4, 5, 6, 7, 8]])
@@ -37,6 +38,71 @@ def test_pruning_drops_the_layers_that_turn_their_input_least(teacher: ModelFold
     assert made.facts["teacher_parameters"] == sum(p.numel() for p in model.parameters())
     assert made.facts["parameters"] == sum(p.numel() for p in made.model.parameters())
     assert made.facts["share"] == pytest.approx(made.facts["parameters"] / made.facts["teacher_parameters"], abs=1e-4)
+
+
+@pytest.mark.parametrize("block", [1, 2, 3])
+def test_angular_pruning_drops_the_run_of_layers_that_turns_its_input_least(teacher: ModelFolder, block: int) -> None:
+    model = load_model(teacher.path)
+    states: dict[int, torch.Tensor] = {}
+    for index, layer in enumerate(model.model.layers):
+        layer.register_forward_pre_hook(lambda _, args, index=index: states.__setitem__(index, args[0]))
+        layer.register_forward_hook(lambda _, args, output, index=index: states.__setitem__(index + 1, output))
+    angles = []
+    for ids in CALIBRATION:
+        with torch.no_grad():
+            model(input_ids=torch.tensor([ids]))
+        runs = range(4 - block + 1)
+        cosine = torch.stack([torch.cosine_similarity(states[i][0], states[i + block][0], dim=-1) for i in runs])
+        angles.append(torch.rad2deg(cosine.acos()) / 180)
+    by_hand = torch.cat(angles, dim=1).mean(1)
+    found = angular_distances(load_model(teacher.path), CALIBRATION, block)
+    torch.testing.assert_close(torch.tensor(found), by_hand, atol=1e-5, rtol=1e-4)
+    made = initial_student(init(prune={"layers": 4 - block, "by": "angular_distance"}), teacher, None, CALIBRATION, 0, "cpu")
+    first = found.index(min(found))
+    assert made.facts["kept_layers"] == [layer for layer in range(4) if layer < first or layer >= first + block]
+    assert made.facts["angular_distance"] == pytest.approx(found, abs=1e-6)
+    assert made.model.config.num_hidden_layers == 4 - block
+
+
+@pytest.mark.parametrize(("prune", "kept"), [({"keep": [0, 2]}, [0, 2]), ({"drop": [1]}, [0, 2, 3])])
+def test_listed_layers_stay_or_go_without_calibration(teacher: ModelFolder, prune: Any, kept: list[int]) -> None:
+    made = initial_student(init(prune=prune), teacher, None, [], 0, "cpu")
+    assert made.facts["kept_layers"] == kept
+    assert made.facts["init"] == {"prune": prune}
+    layers = load_model(teacher.path).model.layers
+    for ours, theirs in zip(made.model.model.layers, [layers[i] for i in kept], strict=True):
+        assert torch.equal(ours.mlp.up_proj.weight, theirs.mlp.up_proj.weight)
+
+
+@pytest.mark.parametrize(("prune", "message"), [
+    ({"keep": [0, 4]}, "layer 4 is listed and tiny-teacher has 4 layers: 0 to 3"),
+    ({"drop": [7]}, "layer 7 is listed and tiny-teacher has 4 layers"),
+    ({"drop": [0, 1, 2, 3]}, "all 4 layers of tiny-teacher are dropped"),
+])  # fmt: skip
+def test_layers_that_the_teacher_does_not_have_are_refused(teacher: ModelFolder, prune: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        initial_student(init(prune=prune), teacher, None, [], 0, "cpu")
+
+
+@pytest.mark.parametrize(("prune", "message"), [
+    ({}, r"give exactly one of layers, keep, drop \(given: none\)"),
+    ({"layers": 2, "keep": [0]}, r"exactly one of layers, keep, drop \(given: layers, keep\)"),
+    ({"keep": [0], "by": "angular_distance"}, "by: not read where keep lists the layers"),
+    ({"drop": [2, 1]}, r"drop is \[2, 1\]; list each layer once, in rising order"),
+    ({"keep": [1, 1]}, "list each layer once"),
+    ({"keep": []}, "at least 1"),
+    ({"keep": [-1]}, "greater than or equal to 0"),
+])  # fmt: skip
+def test_a_pruning_that_says_two_things_or_none_is_refused(prune: Any, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        init(prune=prune)
+
+
+def test_a_pruning_by_number_has_the_document_that_it_always_had() -> None:
+    assert init(prune={"layers": 2}).document()["prune"] == {"layers": 2, "by": "block_influence"}
+    for prune in ({"layers": 2, "by": "angular_distance"}, {"keep": [1]}, {"drop": [0, 3]}):
+        assert init(prune=prune).document()["prune"] == prune
+        assert init(**init(prune=prune).document()) == init(prune=prune)
 
 
 def test_kept_layers_are_the_teachers_and_survive_saving(teacher: ModelFolder, tmp_path: Path) -> None:
@@ -102,9 +168,10 @@ def test_more_layers_than_the_teacher_has_are_refused(teacher: ModelFolder, kind
         initial_student(init(**{kind: {"layers": 5}}), teacher, None, CALIBRATION, 0, "cpu")
 
 
-def test_pruning_without_text_is_refused(teacher: ModelFolder) -> None:
+@pytest.mark.parametrize("by", ["block_influence", "angular_distance"])
+def test_pruning_without_text_is_refused(teacher: ModelFolder, by: str) -> None:
     with pytest.raises(TrainingError, match="needs calibration text"):
-        initial_student(init(prune={"layers": 2}), teacher, None, [], 0, "cpu")
+        initial_student(init(prune={"layers": 2, "by": by}), teacher, None, [], 0, "cpu")
 
 
 def test_a_missing_init_folder_is_named(teacher: ModelFolder) -> None:

@@ -35,6 +35,12 @@ def test_settings_of_other_methods_are_not_in_a_stages_document(method: str) -> 
     assert stage(**document) == stage(method=method)
 
 
+def test_the_decay_of_wsd_is_in_its_document_only() -> None:
+    assert stage(method="sft", schedule="wsd").document()["decay_frac"] == 0.1
+    for schedule in ("cosine", "linear", "constant"):
+        assert "decay_frac" not in stage(method="sft", schedule=schedule).document()
+
+
 def test_what_a_stage_reads_is_in_its_document() -> None:
     document = stage(method="on_policy", divergence="jsd", keep_optimizer=True).document()
     assert {"beta", "lambda_", "objective", "rollouts", "keep_optimizer"} <= document.keys()
@@ -52,6 +58,13 @@ def test_what_a_stage_reads_is_in_its_document() -> None:
         (POLICY_GRADIENT | {"lambda_": 0.5}, r"needs tokens that the student drew: set lambda_: 1 \(it is 0\.5\)"),
         (POLICY_GRADIENT | {"rollouts": {"top_k": 50}}, r"leave out rollouts\.top_k and rollouts\.top_p"),
         (POLICY_GRADIENT | {"rollouts": {"temperature": 0.7}}, r"set rollouts\.temperature to kd_temperature \(1\.0\)"),
+        ({"method": "sft", "decay_frac": 0.2}, "decay_frac: not read by method sft .* and schedule cosine"),
+        (
+            {"method": "sft", "schedule": "wsd", "warmup_frac": 0.5, "decay_frac": 0.6},
+            r"warmup_frac 0\.5 and decay_frac 0\.6 are more than the whole way",
+        ),
+        ({"method": "on_policy", "divergence": "uld"}, "it is for method logit_kd"),
+        ({"method": "logit_kd", "divergence": "uld", "signal": "topk"}, "signal topk is for .* with divergence forward_kl"),
         ({"method": "on_policy", "rollouts": {"temperature": 0}}, "4 samples would be equal; set samples: 1"),
     ],
 )
