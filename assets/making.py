@@ -20,6 +20,7 @@ from resources.artifact_store import ArtifactStoreResource
 from resources.hub import HubResource
 
 if TYPE_CHECKING:
+    from distill_pipeline.launching import Launch
     from distill_pipeline.storage.artifacts import Artifact
 
 
@@ -39,8 +40,11 @@ def make_artifact(
     *,
     teacher_device: str = "auto",
     student_device: str = "auto",
+    launch: "Launch | None" = None,
 ) -> "Artifact":
-    """Make a node's artifact. One that failed its quality gate is returned too: its check says so and stops the run.
+    """Make a node's artifact, a student by ``launch``.
+
+    One that failed its quality gate is returned too: its check says so and stops the run.
 
     Raises:
         dg.Failure: the library refused; the text is the library's.
@@ -51,7 +55,7 @@ def make_artifact(
         with hub.environment():
             pipeline = Pipeline(
                 experiment, store.open(), teacher_device=teacher_device, student_device=student_device,
-                progress=context.log.info, force=options.force,
+                progress=context.log.info, force=options.force, launch=launch,
             )  # fmt: skip
             return pipeline.make(node.name)
     except EmptyResultError as err:

@@ -26,8 +26,10 @@ def student_checkpoint_asset(experiment: Experiment, node: Node) -> dg.AssetsDef
         context: dg.AssetExecutionContext, config: RunOptions, artifact_store: ArtifactStoreResource, hub: HubResource,
         student_gpu: StudentGpuResource,
     ) -> dg.MaterializeResult:  # fmt: skip
-        device = student_gpu.device_name()
-        artifact = make_artifact(context, experiment, node, config, artifact_store, hub, student_device=device)
+        artifact = make_artifact(
+            context, experiment, node, config, artifact_store, hub, student_device=student_gpu.device_name(),
+            launch=student_gpu.launch(),
+        )  # fmt: skip
         return materialized(node, artifact, student_checkpoint_metadata(artifact))
 
     return student_checkpoint

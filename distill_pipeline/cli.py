@@ -12,6 +12,7 @@ import click
 
 from distill_pipeline import __version__
 from distill_pipeline.errors import DistillError
+from distill_pipeline.launching import Launch, end_with_the_launcher, is_launched, leave_error
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -23,6 +24,8 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except DistillError as err:
+            if is_launched():
+                leave_error(err)
             raise click.ClickException(str(err)) from err
 
 
@@ -63,17 +66,21 @@ def _shared_options(command: F) -> F:
     return command
 
 
-def _make(node: str, *, experiment: str, root: str, teacher_device: str, student_device: str, force: bool) -> Any:
+def _make(node: str, *, experiment: str, root: str, **options: Any) -> Any:
     """Make one node and say where it is."""
     from distill_pipeline.pipeline import open_pipeline
 
-    pipeline = open_pipeline(
-        experiment, root, teacher_device=teacher_device, student_device=student_device, force=force, progress=click.echo
-    )
-    artifact = pipeline.make(node)
+    artifact = open_pipeline(experiment, root, progress=click.echo, **options).make(node)
+    _show(artifact)
+    return artifact
+
+
+def _show(artifact: Any) -> None:
+    """Say where an artifact is, unless whoever started this process does."""
+    if is_launched():
+        return
     counts = ", ".join(f"{name} {number:,}" for name, number in artifact.manifest.counts.items())
     click.echo(f"{artifact.name}: {counts}\n{artifact.uri}")
-    return artifact
 
 
 @main.command()
@@ -118,9 +125,32 @@ def signals(teacher_filter: str, **options: Any) -> None:
 @main.command()
 @_shared_options
 @click.argument("student")
-def train(student: str, **options: Any) -> None:
-    """Train STUDENT; after a crash it goes on from its last checkpoint."""
-    _make(f"student_checkpoint/{student}", **options)
+@click.option("--processes", type=click.IntRange(1), default=1, show_default=True, envvar="DISTILL_TRAIN_PROCESSES",
+              help="train in so many processes of this machine, one a GPU: torchrun starts them")  # fmt: skip
+@click.option("--shard", is_flag=True, envvar="DISTILL_TRAIN_SHARD",
+              help="give each process a part of both models' weights (FSDP2), not a copy (DDP)")  # fmt: skip
+def train(student: str, processes: int, shard: bool, **options: Any) -> None:
+    """Train STUDENT; after a crash it goes on from its last checkpoint.
+
+    \b
+    On several machines, start it under torchrun yourself; all need the same store:
+      torchrun --nnodes 2 --nproc-per-node 8 ... -m distill_pipeline.cli train EXPERIMENT STUDENT
+    """
+    from distill_pipeline.joining import is_started_by_torchrun, train_together
+    from distill_pipeline.pipeline import open_pipeline
+
+    name = f"student_checkpoint/{student}"
+    if is_launched():
+        end_with_the_launcher()
+    if is_started_by_torchrun():
+        experiment, root = options.pop("experiment"), options.pop("root")
+        artifact = train_together(open_pipeline(experiment, root, progress=click.echo, **options), name, shards=shard)
+        if artifact is not None:
+            _show(artifact)
+    elif shard and processes == 1:
+        raise click.UsageError("--shard spreads weights over processes: give --processes too, at least 2")
+    else:
+        _make(name, launch=Launch(processes, shard) if processes > 1 else None, **options)
 
 
 @main.command()

@@ -43,11 +43,17 @@ class Experiment(Spec):
     evaluation: EvaluationSpec
     compute: ComputeSpec = ComputeSpec()
     _base_dir: Path = PrivateAttr(default_factory=Path.cwd)
+    _file: Path | None = PrivateAttr(None)
 
     @property
     def base_dir(self) -> Path:
         """Where relative paths of the file start."""
         return self._base_dir
+
+    @property
+    def file(self) -> Path | None:
+        """The file that it was read from, as an absolute path; None for one that was given as data."""
+        return self._file
 
     def resolve_path(self, path: str) -> str:
         """A path of the file as an absolute path; URLs stay as they are."""
@@ -153,6 +159,7 @@ def load_experiment(path: str | Path) -> Experiment:
         raise ConfigError(f"the experiment file {file} must be a mapping, it is a {type(document).__name__}.")
     folder = file.resolve().parent
     experiment = parse_experiment(document, origin=str(file))
+    experiment._file = file.resolve()
     experiment._base_dir = folder.parent if folder.name == "experiments" else folder
     return experiment
 

@@ -5,19 +5,25 @@ the stage otherwise and commits what it wrote. It is the one way to make an arti
 line and a notebook all call it. It makes no inputs on the way: what runs before what is the orchestrator's business.
 """
 
+import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from distill_pipeline.errors import ConfigError, EmptyResultError
 from distill_pipeline.experiment import Experiment, load_experiment
+from distill_pipeline.launching import Launch, train_apart
 from distill_pipeline.nodes import Node, experiment_nodes
 from distill_pipeline.outcome import Progress
 from distill_pipeline.runners import EXTERNAL_INPUTS, RUNNERS, UNHASHED_FILES, told_anew
 from distill_pipeline.storage.artifacts import Artifact, ArtifactStore, Making
 from distill_pipeline.work import Work
+
+if TYPE_CHECKING:
+    from distill_pipeline.training.parallel import Processes
 
 RECORDED_PACKAGES = ("distill-pipeline", "torch", "transformers", "tokenizers", "pyarrow", "numpy", "lm-eval")
 
@@ -30,6 +36,8 @@ class Pipeline:
         teacher_device, student_device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         progress: takes one line of news at a time.
         force: do the work even where a stored manifest matches.
+        launch: start processes of their own that train students; None trains them here.
+        processes: those that train here together; None where this one is alone.
     """
 
     experiment: Experiment
@@ -38,6 +46,8 @@ class Pipeline:
     student_device: str = "auto"
     progress: Progress = print
     force: bool = False
+    launch: Launch | None = None
+    processes: "Processes | None" = None
 
     @cached_property
     def nodes(self) -> dict[str, Node]:
@@ -63,22 +73,36 @@ class Pipeline:
             ConfigError: a filter names a domain that no prompt is in; found before a teacher is asked.
             EmptyResultError: the artifact did not pass its gate. Its rows are stored, and later stages refuse it.
         """
-        node = self.node(name)
-        inputs = {needed: self.input_of(needed) for needed in node.inputs}
-        if "prompt_pool" in inputs:
-            self.experiment.require_domains(inputs["prompt_pool"].manifest.facts["domains"])
-        work = Work(
-            self.experiment, self.store, node, inputs, self.teacher_device, self.student_device, self.progress, self.force
-        )
+        work = self._work(name)
         making = self.making(work)
         found = None if self.force else self.store.find(name, making.input_key)
         if found is not None:
             found = told_anew(work, found)
             self.progress(f"{name} {found.version}: nothing to do, its manifest matches")
-        artifact = found or self._run(work, making)
+        artifact = found or (self._apart(work, making) if self._trains_apart(work.node) else self._run(work, making))
         if artifact.manifest.status == "failed":
             raise EmptyResultError(f"{artifact.manifest.reason} (stored as {artifact.uri})")
         return artifact
+
+    def train_along(self, name: str) -> None:
+        """Train a student as one of several processes of which another makes the artifact; stores nothing.
+
+        Raises:
+            What the first process raises in :meth:`make`.
+        """
+        work = self._work(name)
+        with tempfile.TemporaryDirectory() as folder:
+            RUNNERS[work.node.stage](work, Path(folder), self.making(work).input_key)
+
+    def _work(self, name: str) -> Work:
+        node = self.node(name)
+        inputs = {needed: self.input_of(needed) for needed in node.inputs}
+        if "prompt_pool" in inputs:
+            self.experiment.require_domains(inputs["prompt_pool"].manifest.facts["domains"])
+        return Work(
+            self.experiment, self.store, node, inputs, self.teacher_device, self.student_device, self.progress, self.force,
+            self.processes,
+        )  # fmt: skip
 
     def making(self, work: Work) -> Making:
         """Everything a node's content depends on: what decides whether work can be skipped."""
@@ -87,6 +111,23 @@ class Pipeline:
             experiment=self.experiment.name, spec=work.node.spec, code_version=work.node.code_version,
             inputs=versions | EXTERNAL_INPUTS[work.node.stage](work), seed=self.experiment.seed,
         )  # fmt: skip
+
+    def _trains_apart(self, node: Node) -> bool:
+        return self.launch is not None and node.stage == "student_checkpoint"
+
+    def _apart(self, work: Work, making: Making) -> Artifact:
+        """Have processes of their own make a student, and find it in the store."""
+        assert self.launch is not None
+        assert work.node.student is not None
+        train_apart(
+            self.launch, self.experiment, work.node.student, root=self.store.address, device=self.student_device,
+            force=self.force, progress=self.progress,
+        )  # fmt: skip
+        made = self.store.find(work.node.name, making.input_key)
+        if made is None:
+            raise ConfigError(f"{self.experiment.file} changed while it was read twice: {work.node.name} was trained under "
+                              "other settings than this process knows. Start again.")  # fmt: skip
+        return replace(made, reused=False)
 
     def _run(self, work: Work, making: Making) -> Artifact:
         """Do a node's work in a draft folder and commit it."""

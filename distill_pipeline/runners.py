@@ -211,10 +211,13 @@ def _run_teacher_signals(work: Work, out_dir: Path, input_key: str) -> Outcome:
 
 
 def _run_student_checkpoint(work: Work, out_dir: Path, input_key: str) -> Outcome:
+    from distill_pipeline.training.parallel import ALONE
     from distill_pipeline.training.reading import rows_under_prompts
     from distill_pipeline.training.stage import train_student
 
     assert work.node.student is not None
+    processes = work.processes or ALONE
+    processes.tell(work=True)
     student, recipe = work.node.student, work.experiment.students[work.node.student]
     sets = _sets(work)
     system, rows = rows_under_prompts(
@@ -224,6 +227,7 @@ def _run_student_checkpoint(work: Work, out_dir: Path, input_key: str) -> Outcom
         rows, out_dir, work.store.work_dir(work.node.name, input_key), student=recipe, teacher=work.teacher_model(),
         init_model=_init_model(work), system=system, device=work.student_device, seed=work.experiment.seed,
         progress=work.progress, signals=work.experiment.signals, signal_sources=_signal_sources(work, sets, system),
+        processes=processes,
     )  # fmt: skip
     return Outcome(outcome.counts, _told_of_student(work, out_dir, outcome.counts, outcome.facts), outcome.failed_gate)
 

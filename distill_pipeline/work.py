@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from distill_pipeline.generation.opening import TeacherModel
     from distill_pipeline.models.resolve import ModelFolder
     from distill_pipeline.prompts.contamination import ContaminationIndex
+    from distill_pipeline.training.parallel import Processes
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Work:
     student_device: str
     progress: Progress
     force: bool = False
+    processes: "Processes | None" = None
+    """Those that train a student together, seen from this one; None where it is alone."""
 
     def model(self, reference: str, revision: str | None = None) -> "ModelFolder":
         """The local folder of a model the experiment names; fetched and converted once."""

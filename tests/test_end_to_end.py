@@ -1,14 +1,19 @@
 """The whole graph on tiny random models: what is done twice, what is done once, and what survives a kill -9."""
 
 import json
+import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -385,8 +390,6 @@ def test_every_ancestor_of_a_student_is_in_its_own_folder(world: World) -> None:
 
 
 def test_lineage_of_a_folder_that_was_copied_away_still_names_everything(world: World, tmp_path: Path) -> None:
-    import shutil
-
     from distill_pipeline.lineage import lineage_lines, open_folder, trace
 
     artifact = world.make_all()["student_checkpoint/kl"]
@@ -410,6 +413,121 @@ def _kill_when(process: subprocess.Popen[bytes], condition: Callable[[], bool], 
         time.sleep(0.005)
     process.kill()
     raise AssertionError("the condition never came true")
+
+
+EVERY_STEP = """\
+import sys
+if ["-m", "distill_pipeline.cli"] == sys.orig_argv[2:4]:
+    from functools import partial
+    import distill_pipeline.training.loop as loop
+    import distill_pipeline.training.stage as training
+    loop.CHECKPOINT_SHARE = float("inf")
+    training.train_student = partial(training.train_student, checkpoint_seconds=0.0)
+"""
+"""Runs before the processes that torchrun starts: a checkpoint after every step."""
+
+
+def _processes_that_train(file: Path) -> list[int]:
+    """Process ids of all ``distill train`` on a file that torchrun started, in the order of their ranks."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            words = (folder / "cmdline").read_bytes().decode().split("\0")
+            if words[2:5] == ["-m", "distill_pipeline.cli", "train"] and str(file) in words:
+                variables = (folder / "environ").read_bytes().decode().split("\0")
+                rank = next((word[5:] for word in variables if word.startswith("RANK=")), None)
+                if rank is not None:
+                    found[int(rank)] = int(folder.name)
+    return [found[rank] for rank in sorted(found)]
+
+
+def _last_step(root: Path) -> int:
+    """Of the newest checkpoint."""
+    return max((int(path.name[5:]) for path in root.glob(".work/student_checkpoint__kl/*/checkpoints/step-*")), default=0)
+
+
+def _train_in_two(world: World, *, kill: int | None = None, shard: bool = False) -> tuple[int, str]:
+    """Exit status and words of ``distill train --processes 2``; one of the two may be killed two checkpoints later."""
+    line = [sys.executable, "-m", "distill_pipeline.cli", "train", str(world.file), "kl", "--root", str(world.root),
+            "--processes", "2", *(["--shard"] if shard else [])]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": f"{world.folder}:{os.getcwd()}", "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) as process:
+        before = _last_step(world.root)
+        while kill is not None and process.poll() is None:
+            if _last_step(world.root) > before + 1:
+                os.kill(_processes_that_train(world.file)[kill], signal.SIGKILL)
+                break
+            time.sleep(0.005)
+        assert process.stdout is not None
+        said = process.stdout.read()
+    return process.returncode, said
+
+
+def test_two_processes_end_when_either_is_killed_and_later_ones_go_on_with_the_losses_of_one(
+    world: World, tmp_path: Path, tiny_teacher_dir: Path
+) -> None:
+    world.document["students"]["kl"]["stages"][0] |= {"epochs": 12}
+    world.save()
+    (world.folder / "sitecustomize.py").write_text(EVERY_STEP)
+    for name in ("prompt_pool", "teacher_outputs/small", "scored_outputs/small", "filtered_set/small/every"):
+        world.pipeline().make(name)
+    alone = World(tmp_path / "alone", tiny_teacher_dir)
+    shutil.copytree(world.root, alone.root)
+    alone.document = world.document
+    alone.save()
+    expected = alone.pipeline().make("student_checkpoint/kl")
+
+    for rank in (1, 0):
+        status, said = _train_in_two(world, kill=rank)
+        assert status == 1
+        assert said.count("Error: training ended with exit status 1 and no process said why") == 1
+        assert _processes_that_train(world.file) == []
+    killed_at = _last_step(world.root)
+    status, said = _train_in_two(world, shard=True)
+    assert status == 0, said
+    assert said.count("going on from") == said.count("made in") == 1
+    student = world.pipeline().make("student_checkpoint/kl")
+    assert student.reused
+    assert killed_at - 1 <= student.manifest.facts["resumed_from_step"] <= killed_at + 1
+    assert student.manifest.facts["processes"] == 2
+    one, two = (pq.read_table(made.local_dir() / "curve.parquet")["loss"].to_pylist() for made in (expected, student))
+    assert len(one) == 60
+    assert two == pytest.approx(one, abs=1e-4)
+
+
+TOGETHER = "import sys; from distill_pipeline.cli import main; main(sys.argv[1:])"
+
+
+def _rank_by_rank(world: World, *words: str) -> list[tuple[int, str]]:
+    """Exit status and words of ``distill`` in two processes, as torchrun would start them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", TOGETHER, words[0], str(world.file), *words[1:], "--root", str(world.root)], text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    said = [process.communicate()[0] for process in started]
+    return [(process.returncode, words) for process, words in zip(started, said, strict=True)]
+
+
+def test_an_error_of_all_processes_is_one_message_and_nothing_to_do_is_said_once(world: World) -> None:
+    for name in ("prompt_pool", "teacher_outputs/small", "scored_outputs/small", "filtered_set/small/every"):
+        world.pipeline().make(name)
+    world.pipeline().make("student_checkpoint/kl")
+    done = _rank_by_rank(world, "train", "kl")
+    assert [status for status, _ in done] == [0, 0]
+    assert done[0][1].count("nothing to do, its manifest matches") == 1
+    assert done[1][1] == ""
+    world.document["students"]["kl"]["stages"] = [{"method": "on_policy", "rollouts": {"max_tokens": 300}}]
+    world.save()
+    failed = _rank_by_rank(world, "train", "kl")
+    assert [status for status, _ in failed] == [1, 1]
+    assert "".join(said for _, said in failed).count("Error: stages.0.rollouts.max_tokens is 300") == 1
 
 
 def test_killed_generation_and_killed_training_end_as_if_nothing_had_happened(

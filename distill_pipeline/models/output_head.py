@@ -52,6 +52,16 @@ class OutputHead:
             return self
         return replace(self, weight_VH=self.weight_VH[:width], bias_V=None if self.bias_V is None else self.bias_V[:width])
 
+    def of(self, model: Any) -> "OutputHead":
+        """The same head, as long as this one, with the weights that ``model`` has now."""
+        matrix = model.get_output_embeddings()
+        return replace(self, weight_VH=matrix.weight, bias_V=getattr(matrix, "bias", None)).cut(len(self))
+
+    def without_weights(self) -> "OutputHead":
+        """What remains to be known of it where a model's weights are elsewhere: its length, and what follows its matrix."""
+        bias_V = None if self.bias_V is None else self.bias_V.to("meta")
+        return replace(self, weight_VH=self.weight_VH.detach().to("meta"), bias_V=bias_V)
+
     def detached(self) -> "OutputHead":
         """The same head, to which no gradient goes."""
         return replace(self, weight_VH=self.weight_VH.detach(), bias_V=None if self.bias_V is None else self.bias_V.detach())

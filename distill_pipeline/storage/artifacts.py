@@ -168,6 +168,11 @@ class ArtifactStore:
         self.is_local = isinstance(self.filesystem, LocalFileSystem)
         self.root = path.rstrip("/")
 
+    @property
+    def address(self) -> str:
+        """What opens the same store in another process: an absolute path, or a URL."""
+        return str(Path(self.root).absolute()) if self.is_local else str(self.filesystem.unstrip_protocol(self.root))
+
     def uri_of(self, name: str, version: str = "") -> str:
         """The folder of an artifact. Raises ConfigError for a name that could leave the store."""
         parts = name.split("/")

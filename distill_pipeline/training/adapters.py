@@ -25,8 +25,9 @@ class Adapters:
     tuner: Any
     facts: dict[str, Any]
 
-    def merge(self) -> Any:
-        """The model as it began, with the adapters added to its weights: no module of peft is left in it."""
+    def merge(self, model: Any) -> Any:
+        """``model``, which has these adapters inside, with them added to its weights: no module of peft is left in it."""
+        self.tuner.model = model
         model = self.tuner.merge_and_unload()
         vars(model).pop("peft_config", None)  # which some versions of peft leave behind
         return model

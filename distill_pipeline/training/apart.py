@@ -19,6 +19,7 @@ from torch import Tensor
 
 from distill_pipeline.training.batches import Example, MicroBatch, micro_batches
 from distill_pipeline.training.layout import forward_precision, hidden_states
+from distill_pipeline.training.parallel import ALONE, PLAIN, HeldModel, Processes
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,15 @@ class TeacherReading:
 
 
 def read_apart(
-    teacher: Any, batch: Sequence[Example], own: Sequence[Example], *, max_tokens: int, device: str, dtype: torch.dtype
-) -> tuple[list[Example], TeacherReading]:
+    teacher: Any, batch: Sequence[Example], own: Sequence[Example], *, max_tokens: int, device: str, dtype: torch.dtype,
+    held: HeldModel = PLAIN, processes: Processes = ALONE,
+) -> tuple[list[Example], TeacherReading]:  # fmt: skip
     """Let the teacher read a step's completions.
 
     Args:
         batch, own: the same completions in the student's and in the teacher's tokens.
         max_tokens: most tokens of a forward pass.
+        held, processes: how the teacher is called, and together with whom.
     Returns:
         The student's examples with the place of their tokens in the reading, for layout ``plain``; and the reading.
     """
@@ -56,11 +59,14 @@ def read_apart(
         ours.append(replace(example, signal_rows=rows))
         theirs.append(replace(other, completions=cut, signal_rows=rows))
     width = teacher.config.get_text_config().hidden_size
-    hidden_MH = torch.zeros(starts[-1], width, device=device)
-    is_paired_M = torch.zeros(starts[-1], dtype=torch.bool, device=device)
-    for part in micro_batches(theirs, layout="plain", max_tokens=max_tokens, pad_id=0):
-        with torch.inference_mode(), forward_precision(torch.device(device).type, dtype):
-            hidden_PH = hidden_states(teacher, part.to(device))
+    num_rows = max(1, starts[-1])  # row 0 is there for a process without work, too
+    hidden_MH = torch.zeros(num_rows, width, device=device)
+    is_paired_M = torch.zeros(num_rows, dtype=torch.bool, device=device)
+    for part, is_own in processes.passes(micro_batches(theirs, layout="plain", max_tokens=max_tokens, pad_id=0)):
+        with torch.no_grad(), forward_precision(torch.device(device).type, dtype):
+            hidden_PH = held.run(hidden_states, teacher, part.to(device))
+        if not is_own:
+            continue
         row_P = torch.from_numpy(part.signals.first_rows()).to(device)
         hidden_MH[row_P] = hidden_PH.float()
         is_paired_M[row_P] = True

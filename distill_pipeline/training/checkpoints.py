@@ -5,7 +5,8 @@ stage that may stop early ``best.safetensors`` (its best weights so far), and
 ``state.json``, which holds the data position, the curve so far and the SHA-256 of the others. It is written under another name,
 synced and renamed, so that it is whole or absent; one whose hashes do not fit is skipped with a word. Nothing is pickled.
 The last two are kept, also where the disk is too full for a third. A checkpoint of other data or settings is not used: its
-run key differs.
+run key differs. It holds whole tensors, however many processes train: the first of them writes, all of them read, and another
+number of them may go on.
 """
 
 import json
@@ -26,6 +27,7 @@ from distill_pipeline.errors import TrainingError
 from distill_pipeline.hashing import file_sha256
 from distill_pipeline.outcome import Progress
 from distill_pipeline.storage.files import sync
+from distill_pipeline.training.parallel import ALONE, Processes, is_parted, parted_like, whole_tensors
 
 KEPT = 2
 STATE = "state.json"
@@ -43,9 +45,10 @@ class Checkpoint:
 
     def restore(self, model: Any, optimizer: torch.optim.Optimizer | None) -> None:
         """Put weights, optimizer state and random state back, bit for bit."""
-        put_tensors(model, load_file(self.folder / "model.safetensors", device=str(model.device)))
+        device = "cpu" if is_parted(model.parameters()) else str(model.device)
+        put_tensors(model, load_file(self.folder / "model.safetensors", device=device))
         if optimizer is not None:
-            _load_optimizer(optimizer, load_file(self.folder / "optimizer.safetensors", device=str(model.device)))
+            _load_optimizer(optimizer, load_file(self.folder / "optimizer.safetensors", device=device))
         random = load_file(self.folder / "random.safetensors")
         torch.set_rng_state(random["cpu"])
         if "cuda" in random and torch.cuda.is_available():
@@ -63,6 +66,7 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     state: Mapping[str, Any],
     best: Mapping[str, Tensor] | None = None,
+    processes: Processes = ALONE,
 ) -> Path:
     """Write the checkpoint of ``step`` (over all stages) below ``folder`` and drop older ones; returns its folder.
 
@@ -70,11 +74,20 @@ def save_checkpoint(
         TrainingError: the disk is full or fails; older checkpoints are untouched.
     """
     final, temporary = folder / f"{PREFIX}{step:08d}", folder / f"{TEMPORARY}{step:08d}-{os.getpid()}"
+    files = {
+        "model.safetensors": whole_tensors(model_tensors(model), keep=processes.is_first),
+        "optimizer.safetensors": whole_tensors(optimizer_tensors(optimizer), keep=processes.is_first),
+        "random.safetensors": _random_state(model),
+    }
+    if best is not None:
+        files[BEST] = dict(best)
+    if not processes.is_first:
+        return final
     for torn in folder.glob(f"{TEMPORARY}*"):  # of a run that was killed while it wrote
         shutil.rmtree(torn, ignore_errors=True)
     with written_or_removed(temporary, f"the checkpoint of step {step}", folder):
         temporary.mkdir(parents=True)
-        _write_files(temporary, model, optimizer, state, best)
+        _write_files(temporary, files, state)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
         sync(folder)
@@ -102,23 +115,14 @@ def written_or_removed(target: Path, what: str, checkpoints: Path) -> Iterator[N
         ) from err
 
 
-def _write_files(
-    folder: Path,
-    model: Any,
-    optimizer: torch.optim.Optimizer,
-    state: Mapping[str, Any],
-    best: Mapping[str, Tensor] | None,
-) -> None:
+def _random_state(model: Any) -> dict[str, Tensor]:
     random = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available() and model.device.type == "cuda":
         random["cuda"] = torch.cuda.get_rng_state()
-    files = {
-        "model.safetensors": model_tensors(model),
-        "optimizer.safetensors": optimizer_tensors(optimizer),
-        "random.safetensors": random,
-    }
-    if best is not None:
-        files[BEST] = dict(best)
+    return random
+
+
+def _write_files(folder: Path, files: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
     hashes = {}
     for name, tensors in files.items():
         save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, folder / name)
@@ -158,7 +162,7 @@ def put_tensors(model: Any, tensors: Mapping[str, Tensor]) -> None:
     """Copy into a model what :func:`model_tensors` gave of it, or of one like it."""
     with torch.no_grad():
         for name, tensor in model_tensors(model).items():
-            tensor.copy_(tensors[name])
+            tensor.copy_(parted_like(tensors[name], tensor))
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -175,7 +179,8 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tens
     optimizer.state.clear()
     for key, value in tensors.items():
         index, _, name = key.partition(".")
-        optimizer.state[parameters[int(index)]][name] = value
+        parameter = parameters[int(index)]
+        optimizer.state[parameter][name] = parted_like(value, parameter)
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:

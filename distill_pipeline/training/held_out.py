@@ -24,6 +24,7 @@ from distill_pipeline.models.forward import LOGIT_CELLS, evaluating
 from distill_pipeline.training.batches import Example, ExampleSet, Layout, micro_batches
 from distill_pipeline.training.checkpoints import model_tensors, put_tensors
 from distill_pipeline.training.layout import place_logits
+from distill_pipeline.training.parallel import ALONE, PLAIN, HeldModel, Processes, training_cost, whole_tensors
 from distill_pipeline.training.position import StagePosition
 from distill_pipeline.training.reading import REASONING_TASK
 from distill_pipeline.training.spec import EarlyStopSpec, HeldOutSpec
@@ -34,7 +35,10 @@ KL, TOP1 = "held_out_kl", "held_out_top1"
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The held-out part of a student's data, the teacher, and every how many steps the student is compared with it."""
+    """The held-out part of a student's data, the teacher, and every how many steps the student is compared with it.
+
+    ``student_held``, ``teacher_held`` and ``processes`` say how both models are reached, and with whom the work is shared.
+    """
 
     examples: Sequence[Example]
     teacher: Any
@@ -43,6 +47,9 @@ class HeldOut:
     pad_id: int
     vocab_size: int
     device: str
+    student_held: HeldModel = PLAIN
+    teacher_held: HeldModel = PLAIN
+    processes: Processes = ALONE
 
     def is_due(self, position: StagePosition) -> bool:
         """Whether the student is compared after a step: after every so many of a stage, and after its last one."""
@@ -54,10 +61,11 @@ class HeldOut:
         Raises:
             TrainingError: the divergence is not a number.
         """
-        with evaluating(student):
+        share = [example for _, example in self.processes.share(self.examples, training_cost)]
+        with self.student_held.whole(student) as whole, evaluating(whole):
             found = teacher_agreement(
-                student, self.teacher, self.examples, layout=self.layout, pad_id=self.pad_id, vocab_size=self.vocab_size,
-                device=self.device,
+                whole, self.teacher, share, layout=self.layout, pad_id=self.pad_id, vocab_size=self.vocab_size,
+                device=self.device, teacher_held=self.teacher_held, processes=self.processes,
             )  # fmt: skip
         if not math.isfinite(found.forward_kl):
             raise TrainingError(
@@ -77,21 +85,26 @@ class Agreement:
 
 
 def teacher_agreement(
-    student: Any, teacher: Any, examples: Sequence[Example], *, layout: Layout, pad_id: int, vocab_size: int, device: str
-) -> Agreement:
+    student: Any, teacher: Any, examples: Sequence[Example], *, layout: Layout, pad_id: int, vocab_size: int, device: str,
+    teacher_held: HeldModel = PLAIN, processes: Processes = ALONE,
+) -> Agreement:  # fmt: skip
     """Compare two models' next-token distributions at every completion token of ``examples``; computed in float32.
 
     Args:
         student, teacher: causal language models in evaluation mode on ``device``.
         vocab_size: columns of the logits that are tokens; padding behind them is cut.
+        teacher_held, processes: how the teacher is called, and with whom: the result is over the examples of all processes.
     Returns:
         0 and 1 where both models are equal.
     """
     kl_sum, agreed, tokens = 0.0, 0, 0
-    for part in micro_batches(examples, layout=layout, max_tokens=LOGIT_CELLS // vocab_size, pad_id=pad_id):
+    own = micro_batches(examples, layout=layout, max_tokens=LOGIT_CELLS // vocab_size, pad_id=pad_id)
+    for part, is_own in processes.passes(own):
         batch = part.to(device)
-        with torch.inference_mode():
-            teacher_PV = place_logits(teacher, batch)[:, :vocab_size].float()
+        with torch.no_grad():
+            teacher_PV = teacher_held.run(place_logits, teacher, batch)[:, :vocab_size].float()
+            if not is_own:
+                continue
             student_PV = place_logits(student, batch)[:, :vocab_size].float()
         # A place that several answers run through stands for as many tokens.
         place_N = batch.targets.pair_position_N.repeat_interleave(batch.targets.pair_weight_N.long())
@@ -99,7 +112,8 @@ def teacher_agreement(
         kl_sum += float(forward_kl(student_NV[None], teacher_NV[None], torch.zeros_like(place_N)[None])) * len(place_N)
         agreed += int((teacher_NV.argmax(dim=-1) == student_NV.argmax(dim=-1)).sum())
         tokens += len(place_N)
-    return Agreement(kl_sum / tokens, agreed / tokens, tokens)
+    kl_sum, agreed_sum, num_tokens = processes.sum([kl_sum, agreed, tokens])
+    return Agreement(kl_sum / num_tokens, agreed_sum / num_tokens, int(num_tokens))
 
 
 def split_held_out(
@@ -162,7 +176,8 @@ class BestWeights:
     def offer(self, student: Any, divergences: Sequence[float]) -> None:
         """Keep the student's weights if the last divergence, which is theirs, is the first to be so small."""
         if divergences and divergences[-1] < min(divergences[:-1], default=math.inf):
-            self.tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model_tensors(student).items()}
+            tensors = whole_tensors(model_tensors(student), keep=True)
+            self.tensors = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
 
     def restore(self, student: Any) -> None:
         """Put the kept weights into the student, if there are any, and forget them."""

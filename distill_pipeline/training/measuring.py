@@ -35,7 +35,7 @@ def prompts_without_numbers(model: Any, head: OutputHead, examples: Sequence[Exa
 
 
 def _has_finite_logits(model: Any, head: OutputHead, example: Example, dtype: torch.dtype) -> bool:
-    with torch.inference_mode(), forward_precision(model.device.type, dtype):
+    with torch.no_grad(), forward_precision(model.device.type, dtype):
         for part in micro_batches([example], layout="plain", max_tokens=MEASURED_TOKENS, pad_id=0):
             hidden_PH = hidden_states(model, part.to(str(model.device)))
             for start in range(0, len(hidden_PH), CHUNK_TOKENS):

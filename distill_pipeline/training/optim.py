@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from distill_pipeline.training.parallel import whole_tensor
 from distill_pipeline.training.spec import TrainStageSpec
 
 ADAM_BETAS = (0.9, 0.95)
@@ -54,7 +55,7 @@ class LossScale:
             for parameter in student.parameters():
                 if parameter.grad is not None:
                     parameter.grad.mul_(1.0 / self.scale)
-        return float(torch.nn.utils.clip_grad_norm_(student.parameters(), clip_norm or math.inf))
+        return float(whole_tensor(torch.nn.utils.clip_grad_norm_(student.parameters(), clip_norm or math.inf)))
 
     def shrink(self) -> bool:
         """Halve the scale after an overflow; False where it is 1 already."""

@@ -2,7 +2,8 @@
 
 The project's own engine steps the very module that is trained, in evaluation mode: no second copy of the weights, and no
 text between drawing and learning, because a text may have other tokens than those that were drawn. Draws follow from the
-seed, the stage and the step, so a run that goes on from a checkpoint answers as one that was not interrupted.
+seed, the stage, the step and the prompt's number in it, so a run that goes on from a checkpoint answers as one that was not
+interrupted, and several processes draw for their prompts what one would.
 
 A rollout ends with the end token that was drawn. One that was cut at its limit has none, and none is learned there.
 """
@@ -24,21 +25,21 @@ from distill_pipeline.models.forward import evaluating
 from distill_pipeline.rendering import ChatRenderer
 from distill_pipeline.training.batches import Example
 from distill_pipeline.training.layout import forward_precision
+from distill_pipeline.training.parallel import ALONE, PLAIN, HeldModel, Processes
 from distill_pipeline.training.spec import RolloutSpec, TrainStageSpec
 
 
 @dataclass(frozen=True)
 class RolloutBatch:
-    """The prompts of one step with the student's completions. ``completions`` and ``truncated`` count these."""
+    """This process's prompts of one step with the student's completions.
+
+    ``completions``, ``truncated`` and ``num_tokens`` (end tokens included) count those of all processes.
+    """
 
     examples: list[Example]
     completions: int
     truncated: int
-
-    @property
-    def num_tokens(self) -> int:
-        """Completion tokens, end tokens included."""
-        return sum(example.num_tokens for example in self.examples)
+    num_tokens: int
 
     def row(self) -> dict[str, Any]:
         """What the training curve says of it."""
@@ -72,38 +73,45 @@ class StudentSampler:
         """Completion tokens a second of generation, in this process."""
         return self.num_tokens / max(self.seconds, 1e-9)
 
-    def roll_out(self, examples: Sequence[Example], rollouts: RolloutSpec, *, stage: int, step: int) -> RolloutBatch:
-        """The same prompts with ``rollouts.samples`` completions each by the student as it is now.
+    def roll_out(
+        self, examples: Sequence[Example], rollouts: RolloutSpec, *, stage: int, step: int, held: HeldModel = PLAIN,
+        processes: Processes = ALONE,
+    ) -> RolloutBatch:  # fmt: skip
+        """The same prompts, or this process's share, with ``rollouts.samples`` completions each by the student as it is now.
 
         Raises:
             TrainingError: the student's logits are not numbers.
         """
+        most_tokens = rollouts.samples * rollouts.max_tokens
+        mine = processes.share(examples, lambda example: len(example.prompt) + most_tokens)
         requests = [
             Request(f"{self._seed}/{stage}/{step}/{row}/{sample}", example.prompt)
-            for row, example in enumerate(examples)
+            for row, example in mine
             for sample in range(rollouts.samples)
         ]
         started = time.monotonic()
-        done = self._answers(requests, rollouts)
+        with held.whole(self._student) as student:
+            done = self._answers(student, requests, rollouts)
         self.seconds += time.monotonic() - started
         answers = [done[request.key] for request in requests]
         if failed := next((answer for answer in answers if answer.finish_reason == "error"), None):
             raise TrainingError(f"the student answers no prompt in step {step + 1} of stage {stage + 1}: {failed.error}")
         drawn = [_drawn_ids(answer) for answer in answers]
         rolled = [
-            replace(example, completions=tuple(drawn[row * rollouts.samples : (row + 1) * rollouts.samples]))
-            for row, example in enumerate(examples)
+            replace(example, completions=tuple(drawn[place * rollouts.samples : (place + 1) * rollouts.samples]))
+            for place, (_, example) in enumerate(mine)
         ]
-        batch = RolloutBatch(rolled, len(answers), sum(answer.finish_reason == "length" for answer in answers))
-        self.num_tokens += batch.num_tokens
-        return batch
+        truncated, tokens = sum(answer.finish_reason == "length" for answer in answers), sum(map(len, drawn))
+        counts = [int(count) for count in processes.sum([len(answers), truncated, tokens])]
+        self.num_tokens += counts[2]
+        return RolloutBatch(rolled, *counts)
 
-    def _answers(self, requests: Sequence[Request], rollouts: RolloutSpec) -> dict[str, Completion]:
+    def _answers(self, student: Any, requests: Sequence[Request], rollouts: RolloutSpec) -> dict[str, Completion]:
         """By key. A new decoder each time, so that no cache stays in memory while the student learns."""
-        decoder: Decoder = SharedPrefixDecoder(self._student) if self.shares_prefixes else PlainDecoder(self._student)
-        engine = TransformersEngine(self._student, self._renderer, batch_tokens=rollouts.batch_tokens, decoder=decoder)
+        decoder: Decoder = SharedPrefixDecoder(student) if self.shares_prefixes else PlainDecoder(student)
+        engine = TransformersEngine(student, self._renderer, batch_tokens=rollouts.batch_tokens, decoder=decoder)
         engine.context_tokens = self._limit
-        with evaluating(self._student), forward_precision(self._student.device.type, self._dtype):
+        with evaluating(student), forward_precision(student.device.type, self._dtype):
             answers = engine.generate(
                 requests, max_tokens=rollouts.max_tokens, temperature=rollouts.temperature, top_k=rollouts.top_k,
                 top_p=rollouts.top_p,

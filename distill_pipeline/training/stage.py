@@ -29,7 +29,7 @@ from distill_pipeline.hashing import version_of
 from distill_pipeline.models.load import load_model, load_tokenizer, resolve_device
 from distill_pipeline.models.output_head import output_head
 from distill_pipeline.models.resolve import ModelFolder
-from distill_pipeline.outcome import Outcome, Progress
+from distill_pipeline.outcome import Outcome, Progress, silent
 from distill_pipeline.reasoning import opening_of
 from distill_pipeline.rendering import ChatRenderer
 from distill_pipeline.signals.files import Wanted
@@ -42,6 +42,7 @@ from distill_pipeline.training.held_out import KL, TOP1, HeldOut, held_out_facts
 from distill_pipeline.training.layout import choose_layout, compute_dtype
 from distill_pipeline.training.loop import ModelPair, TrainingRun
 from distill_pipeline.training.measuring import mean_cross_entropy
+from distill_pipeline.training.parallel import ALONE, Processes, whole_tensor
 from distill_pipeline.training.reading import rows_for_target, weigh_tasks
 from distill_pipeline.training.rollouts import StudentSampler, length_limit, rollout_facts
 from distill_pipeline.training.spec import ALGORITHM, StudentSpec
@@ -97,6 +98,7 @@ def train_student(
     checkpoint_seconds: float = 120.0,
     signals: SignalsSpec = _AS_DEFAULT,
     signal_sources: Sequence[SignalSource] = (),
+    processes: Processes = ALONE,
 ) -> Outcome:
     """Train a student and write it to ``out_dir``.
 
@@ -109,19 +111,21 @@ def train_student(
         device: a torch device or ``auto``.
         checkpoint_seconds: at least so long between two checkpoints.
         signals, signal_sources: how teacher signals were captured and where they are, for stages that do not read them online.
+        processes: those that train it together; all call this function alike, and the first one writes and reports.
     Raises:
         TrainingError: nothing to train on, an architecture this cannot train, a loss that is not a number, or a full disk.
         VocabularyMismatchError: a stage needs the teacher, and the models' token ids mean different things.
         ConfigError: rollouts do not fit the models' contexts.
         SignalMismatchError: teacher signals are missing, or belong to other tokens, settings or another teacher.
     """
-    device = resolve_device(device)
+    device = processes.device(resolve_device(device))
+    progress = progress if processes.is_first else silent
     renderer, owner = _renderer(student, teacher, init_model, system)
     own_renderer = None
     if any(stage.reads_apart for stage in student.stages):
         assert teacher is not None, "the experiment file checks that its weights are here"
         own_renderer = renderer if owner == "teacher" else ChatRenderer(load_tokenizer(teacher.path), system=system)
-    stored = _stored_signals(student, renderer, signals, signal_sources, work_dir / "signals")
+    stored = _stored_signals(student, renderer, signals, signal_sources, work_dir / "signals" / str(processes.rank))
     opened = "" if student.target == "trace" else opening_of(renderer)
     rows = rows_for_target(training_batches, student.target, opened=opened)
     examples, counts = encode_examples(
@@ -142,14 +146,15 @@ def train_student(
     if resume is not None:
         progress(f"going on from {resume.folder}: {len(resume.state['curve'])} steps are done")
     torch.manual_seed(seed)
-    initial = _initial(student, teacher, init_model, text, seed, device, resume)
+    loading = processes.loading_device(device)
+    initial = _initial(student, teacher, init_model, text, seed, loading, resume)
     share = initial.facts["share"]
     progress(f"student: {initial.facts['parameters']:,} parameters" + (f", {share:.0%} of the teacher's" if share else ""))
     dtype = compute_dtype(student.precision, device)
     adapters = add_adapters(initial.model, student.lora, seed) if student.lora is not None else None
     if student.gradient_checkpointing:
         checkpoint_activations(initial.model)
-    pair = _pair(initial.model, teacher if student.needs_teacher else None, text, device, dtype, stored)
+    pair = _pair(initial.model, teacher if student.needs_teacher else None, text, loading, dtype, stored)
     if resume is None:
         initial.facts["untrained_loss"] = round(
             mean_cross_entropy(pair.student, pair.student_head, _calibration(text, seed), pad_id=text.renderer.end_token_id), 6
@@ -158,21 +163,24 @@ def train_student(
     sampler, longest = _sampler(student, models, text, seed, dtype)
     layout, reason = choose_layout(models, longest)
     hash_before = parameters_sha256(pair.teacher) if pair.teacher is not None else None
+    pair = pair.held_by(processes, device)
     run = TrainingRun(
         pair, student.stages, text.examples, layout, text.renderer.end_token_id, seed, device, dtype, checkpoint_dir,
         {"run_key": run_key, "init": initial.facts}, checkpoint_seconds, progress, sampler,
-        held_out=_held_out(student, pair, text, layout, device),
+        held_out=_held_out(student, pair, text, layout, device, processes), processes=processes,
     )  # fmt: skip
     run.run(resume)
     hash_after = parameters_sha256(pair.teacher) if pair.teacher is not None else None
     if hash_before != hash_after:
         assert teacher is not None, "only a teacher that reads along has a hash"
         raise TrainingError(f"the teacher {teacher.reference} changed while the student trained: {hash_before} to {hash_after}")
-    trained = pair.student if adapters is None else adapters.merge()
-    with written_or_removed(out_dir, "the student", checkpoint_dir):
-        _write_student(trained, text.renderer.tokenizer, run.curve, out_dir)
-    remove_checkpoints(checkpoint_dir)
-    shutil.rmtree(work_dir / "signals", ignore_errors=True)
+    with pair.student_held.whole(pair.student) as whole:
+        if processes.is_first:
+            trained = whole if adapters is None else adapters.merge(whole)
+            with written_or_removed(out_dir, "the student", checkpoint_dir):
+                _write_student(trained, text.renderer.tokenizer, run.curve, out_dir)
+            remove_checkpoints(checkpoint_dir)
+            shutil.rmtree(work_dir / "signals", ignore_errors=True)
     facts = initial.facts | _run_facts(run) | {
         "layout": layout, "layout_reason": reason, "tokenizer": text.owner, "renderer": text.renderer.fingerprint,
         "teacher_sha256_before": hash_before, "teacher_sha256_after": hash_after, "device": device,
@@ -180,6 +188,7 @@ def train_student(
         **({"lora": adapters.facts} if adapters is not None else {}),
         "resumed_from_step": len(resume.state["curve"]) if resume is not None else None,
         "stages": [stage.model_dump(mode="json") for stage in student.stages],
+        "processes": processes.size, "weights_held_in": "shards" if processes.shards else "copies",
     }  # fmt: skip
     return Outcome(text.counts | {"steps": len(run.curve), "trained_tokens": run.trained_tokens}, facts)
 
@@ -206,7 +215,8 @@ def parameters_sha256(model: Any) -> str:
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         digest.update(name.encode())
-        digest.update(memoryview(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
+        whole: Any = whole_tensor(parameter.detach()).cpu()
+        digest.update(memoryview(whole.contiguous().view(-1).view(torch.uint8).numpy()))
     return digest.hexdigest()
 
 
@@ -320,12 +330,17 @@ def _sampler(
     return sampler, max(longest, rolled)
 
 
-def _held_out(student: StudentSpec, pair: ModelPair, text: _Text, layout: Layout, device: str) -> HeldOut | None:
+def _held_out(
+    student: StudentSpec, pair: ModelPair, text: _Text, layout: Layout, device: str, processes: Processes
+) -> HeldOut | None:
     """What the student is compared with its teacher on, where its recipe asks for that."""
     if student.held_out is None:
         return None
     renderer, every = text.renderer, student.held_out.every
-    return HeldOut(text.held_out, pair.teacher, every, layout, renderer.end_token_id, renderer.vocab_size, device)
+    return HeldOut(
+        text.held_out, pair.teacher, every, layout, renderer.end_token_id, renderer.vocab_size, device, pair.student_held,
+        pair.teacher_held, processes,
+    )  # fmt: skip
 
 
 def _write_student(model: Any, tokenizer: Any, curve: Sequence[dict[str, Any]], out_dir: Path) -> None:

@@ -40,6 +40,7 @@ class Script:
     num_right: dict[str, int] = field(default_factory=lambda: {"student": 6, "teacher": 8, "untrained": 1})
     """Of ten documents, by role."""
     devices: dict[str, tuple[str, str]] = field(default_factory=dict)
+    launches: dict[str, Any] = field(default_factory=dict)
 
 
 PROMPT = {
@@ -92,10 +93,12 @@ def scripted_pipeline(script: Script) -> type:
         student_device: str = "auto"
         progress: Callable[[str], None] = print
         force: bool = False
+        launch: Any = None
 
         def make(self, name: str) -> Artifact:
             node = experiment_nodes(self.experiment)[name]
             script.devices[name] = (self.teacher_device, self.student_device)
+            script.launches[name] = self.launch
             if name in script.errors:
                 raise script.errors[name]
             nodes = experiment_nodes(self.experiment)

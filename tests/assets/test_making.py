@@ -5,6 +5,7 @@ import dagster as dg
 from assets.making import library_failure
 from assets.naming import asset_key
 from distill_pipeline.errors import ConfigError, LicenseError
+from distill_pipeline.launching import Launch
 from distill_pipeline.nodes import experiment_nodes
 
 FILTERED = "filtered_set/smollm2/verified"
@@ -60,6 +61,13 @@ def test_a_missing_input_says_which_command_makes_it(materialize, script):
     result = materialize('key:"scored_outputs__smollm2"')
     (failure,) = [event for event in result.all_events if event.is_step_failure]
     assert "Make it first: distill prompts EXPERIMENT" in failure.step_failure_data.user_failure_data.description
+
+
+def test_how_students_are_trained_reaches_their_asset_and_no_other(materialize, script, monkeypatch):
+    monkeypatch.setenv("DISTILL_TRAIN_PROCESSES", "2")
+    materialize('+key:"student_checkpoint__kl"')
+    assert script.launches["student_checkpoint/kl"] == Launch(2)
+    assert script.launches["filtered_set/smollm2/verified"] is None
 
 
 def test_a_device_of_a_resource_reaches_the_stage_that_uses_it(materialize, script, monkeypatch):

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from distill_pipeline.launching import Launch
 from distill_pipeline.storage.artifacts import ArtifactStore
 from resources.artifact_store import REPOSITORY, ArtifactStoreResource
 from resources.device import chosen_device
@@ -56,6 +57,32 @@ def test_a_name_that_is_no_device_says_where_it_came_from(monkeypatch, wrong):
     monkeypatch.setenv("X_DEVICE", wrong)
     with pytest.raises(ValueError, match=r"the environment variable X_DEVICE is .* it must be auto"):
         chosen_device("", "X_DEVICE")
+
+
+def test_training_starts_as_configuration_else_environment_says(monkeypatch):
+    assert StudentGpuResource().launch() is None
+    monkeypatch.setenv("DISTILL_TRAIN_PROCESSES", "1")
+    assert StudentGpuResource().launch() == Launch(1)
+    monkeypatch.setenv("DISTILL_TRAIN_PROCESSES", "4")
+    assert StudentGpuResource().launch() == Launch(4)
+    monkeypatch.setenv("DISTILL_TRAIN_SHARD", "1")
+    assert StudentGpuResource().launch() == Launch(4, shard=True)
+    assert StudentGpuResource(training="in_process").launch() is None
+    assert StudentGpuResource(training="subprocess").launch() == Launch(1)
+    assert StudentGpuResource(training="torchrun:2").launch() == Launch(2)
+    assert StudentGpuResource(training="torchrun:2:shard").launch() == Launch(2, shard=True)
+
+
+@pytest.mark.parametrize("wrong", ["torchrun", "torchrun:1", "torchrun:x", "torchrun:2:shards", "subprocess:2", "slurm"])
+def test_a_way_of_training_that_means_nothing_lists_those_that_do(monkeypatch, wrong):
+    with pytest.raises(ValueError, match=r"training is .* it must be in_process, subprocess, torchrun:N or torchrun:N:shard"):
+        StudentGpuResource(training=wrong).launch()
+    monkeypatch.setenv("DISTILL_TRAIN_PROCESSES", "many")
+    with pytest.raises(ValueError, match=r"training is 'torchrun:many'.*DISTILL_TRAIN_PROCESSES, a number from 1"):
+        StudentGpuResource().launch()
+    monkeypatch.setenv("DISTILL_TRAIN_SHARD", "yes")
+    with pytest.raises(ValueError, match="DISTILL_TRAIN_SHARD is 'yes'; it must be 0 or 1"):
+        StudentGpuResource().launch()
 
 
 def test_reports_are_measured_beside_the_students_unless_told_otherwise(monkeypatch):

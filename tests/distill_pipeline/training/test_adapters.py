@@ -74,7 +74,7 @@ def test_merging_leaves_a_plain_model_with_the_same_logits_and_tied_embedding(ra
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
         before = model(PROBE).logits
-    merged = adapters.merge()
+    merged = adapters.merge(model)
     assert type(merged) is type(original)
     assert not any("peft" in type(module).__module__ for module in merged.modules())
     with torch.no_grad():
