@@ -1,20 +1,25 @@
-"""Teacher generation: this project's engine beside transformers' ``generate``, in one run on the same model and prompts.
+"""Teacher generation: this engine beside transformers' ``generate`` and vLLM, in one run on the same model and prompts.
 
     python benchmarks/generation.py                        # the quickstart's teacher and prompts, 64 prompts x 4
+    python benchmarks/generation.py --vllm-python PATH/TO/AN/ENVIRONMENT/WITH/VLLM/bin/python
     python benchmarks/generation.py --model PATH --device cuda --json
 
-Both sides get the same prompt ids, the same sampling and the same number of completions; repeats alternate, so that a busy
-machine slows both. Tokens are counted the same way: sampled tokens up to and with the end token. The two draw from the same
-distribution with different generators, so their token counts differ a little; greedy answers are compared one by one.
+All sides get the same prompt ids, the same sampling and the same number of completions; repeats alternate, so that a busy
+machine slows all. Tokens are counted the same way: sampled tokens up to and with the end token. The sides draw from the same
+distribution with different generators, so their token counts differ a little; greedy answers are compared one by one. vLLM
+keeps nothing of an earlier repeat.
 """
 
 import argparse
 import json
 import platform
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +35,11 @@ from distill_pipeline.rendering import ChatRenderer
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLED = {"temperature": 0.7, "top_k": 50, "top_p": 0.95}
+SIDES = {"engine": "this engine", "generate": "transformers generate", "vllm": "vLLM, offline"}
+
+Prompts = list[tuple[int, ...]]
+Run = tuple[int, float]
+"""Sampled tokens, and seconds."""
 
 
 def main() -> None:
@@ -43,17 +53,20 @@ def main() -> None:
     engine = TransformersEngine(model, renderer)
     run_engine(engine, prompts[:4], 1, 4)
     run_generate(model, renderer, prompts[:4], 1, 4)
-    ours, theirs = [], []
-    for _ in range(options.repeats):
-        ours.append(run_engine(engine, prompts, options.samples, options.max_tokens))
-        theirs.append(run_generate(model, renderer, prompts, options.samples, options.max_tokens))
+    runs: dict[str, list[Run]] = {"engine": [], "generate": [], "vllm": []}
+    with running_vllm(options, folder.path, model.dtype) as run_vllm:
+        run_vllm(renderer, prompts[:4], 1, 4)
+        for _ in range(options.repeats):
+            runs["engine"].append(run_engine(engine, prompts, options.samples, options.max_tokens))
+            runs["generate"].append(run_generate(model, renderer, prompts, options.samples, options.max_tokens))
+            runs["vllm"] += run_vllm(renderer, prompts, options.samples, options.max_tokens)
     result = {
         "model": options.model, "device": device_name(device), "threads": torch.get_num_threads(),
         "dtype": str(model.dtype).removeprefix("torch."), "torch": torch.__version__, "prompts": len(prompts),
         "samples": options.samples, "max_tokens": options.max_tokens,
         "prompt_tokens": sum(map(len, prompts)), "repeats": options.repeats,
-        "engine": summary(ours), "generate": summary(theirs),
-        "ratio": round(statistics.median(speed(a) / speed(b) for a, b in zip(ours, theirs, strict=True)), 2),
+        "sides": {name: summary(found) for name, found in runs.items() if found},
+        "ratios": {name: ratio(runs["engine"], found) for name, found in runs.items() if found and name != "engine"},
         "greedy_agreement": round(greedy_agreement(engine, model, renderer, prompts, options.max_tokens), 4),
         "shares_prefixes": engine.shares_prefixes,
     }  # fmt: skip
@@ -69,6 +82,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=4, help="completions a prompt")
     parser.add_argument("--max-tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--vllm-python", help="the python of an environment with vLLM; without it vLLM is left out")
+    parser.add_argument("--vllm-eager", action="store_true", help="let vLLM compile nothing")
     parser.add_argument("--json", action="store_true")
     return parser.parse_args()
 
@@ -79,8 +94,8 @@ def read_prompts(num_prompts: int) -> list[str]:
     return [json.loads(lines[i * len(lines) // num_prompts])["prompt"] for i in range(num_prompts)]
 
 
-def run_engine(engine: TransformersEngine, prompts: list[tuple[int, ...]], samples: int, max_tokens: int) -> tuple[int, float]:
-    """(sampled tokens, seconds) of the engine."""
+def run_engine(engine: TransformersEngine, prompts: Prompts, samples: int, max_tokens: int) -> Run:
+    """Of the engine."""
     requests = [Request(f"{i}/{j}", prompt) for i, prompt in enumerate(prompts) for j in range(samples)]
     started = time.perf_counter()
     done = list(engine.generate(requests, max_tokens=max_tokens, **SAMPLED))
@@ -88,19 +103,42 @@ def run_engine(engine: TransformersEngine, prompts: list[tuple[int, ...]], sampl
     return sum(completion.completion_tokens for completion in done), time.perf_counter() - started
 
 
-def run_generate(
-    model: Any, renderer: ChatRenderer, prompts: list[tuple[int, ...]], samples: int, max_tokens: int
-) -> tuple[int, float]:
-    """(sampled tokens, seconds) of ``model.generate`` on one left-padded batch."""
+def run_generate(model: Any, renderer: ChatRenderer, prompts: Prompts, samples: int, max_tokens: int) -> Run:
+    """Of ``model.generate`` on one left-padded batch."""
     started = time.perf_counter()
     drawn = generate(model, renderer, prompts, max_tokens, do_sample=True, num_return_sequences=samples, **SAMPLED)
     synchronize(model)
     return sum(map(len, drawn)), time.perf_counter() - started
 
 
-def generate(
-    model: Any, renderer: ChatRenderer, prompts: list[tuple[int, ...]], max_tokens: int, **options: Any
-) -> list[list[int]]:
+@contextmanager
+def running_vllm(
+    options: argparse.Namespace, folder: Path, dtype: torch.dtype
+) -> Iterator[Callable[[ChatRenderer, Prompts, int, int], list[Run]]]:
+    """What one run of vLLM took, in a process of its own that is there until the end; nothing without an environment for it."""
+    if not options.vllm_python:
+        yield lambda *_: []
+        return
+    words = [str(folder), "--dtype", str(dtype).removeprefix("torch."), *(["--eager"] if options.vllm_eager else [])]
+    command = [options.vllm_python, str(Path(__file__).with_name("generation_peer.py")), *words]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    to_peer, from_peer = process.stdin, process.stdout
+
+    def run(renderer: ChatRenderer, prompts: Prompts, samples: int, max_tokens: int) -> list[Run]:
+        asked = {"prompts": prompts, "samples": samples, "max_tokens": max_tokens, "stop": sorted(renderer.stop_token_ids)}
+        print(json.dumps(asked | {"sampling": SAMPLED}), file=to_peer, flush=True)
+        found = json.loads(from_peer.readline())
+        return [(found["tokens"], found["seconds"])]
+
+    with process:
+        print(from_peer.readline(), file=sys.stderr, flush=True)
+        yield run
+        to_peer.close()
+
+
+def generate(model: Any, renderer: ChatRenderer, prompts: Prompts, max_tokens: int, **options: Any) -> list[list[int]]:
     """Tokens that transformers draws, up to and with the end token."""
     width, pad = max(map(len, prompts)), renderer.end_token_id
     ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=model.device)
@@ -115,7 +153,7 @@ def generate(
 
 
 def greedy_agreement(
-    engine: TransformersEngine, model: Any, renderer: ChatRenderer, prompts: list[tuple[int, ...]], max_tokens: int
+    engine: TransformersEngine, model: Any, renderer: ChatRenderer, prompts: Prompts, max_tokens: int
 ) -> float:
     """Share of prompts whose greedy answers are equal token by token."""
     theirs = generate(model, renderer, prompts, max_tokens, do_sample=False)
@@ -133,12 +171,17 @@ def synchronize(model: Any) -> None:
         torch.cuda.synchronize()
 
 
-def speed(run: tuple[int, float]) -> float:
+def speed(run: Run) -> float:
     """Sampled tokens a second."""
     return run[0] / run[1]
 
 
-def summary(runs: list[tuple[int, float]]) -> dict[str, float]:
+def ratio(ours: list[Run], theirs: list[Run]) -> float:
+    """How many times as fast ours are, by the median of the repeats."""
+    return round(statistics.median(speed(a) / speed(b) for a, b in zip(ours, theirs, strict=True)), 2)
+
+
+def summary(runs: list[Run]) -> dict[str, float]:
     return {
         "tokens_per_second": round(statistics.median(map(speed, runs)), 1),
         "least": round(min(map(speed, runs)), 1),
@@ -163,11 +206,11 @@ def as_table(result: dict[str, Any]) -> str:
         "| | tokens/s, median | least | most | tokens drawn |\n|---|---|---|---|---|\n"
     )
     rows = "".join(
-        f"| {label} | {result[name]['tokens_per_second']:.0f} | {result[name]['least']:.0f} | {result[name]['most']:.0f} "
-        f"| {result[name]['tokens']:,} |\n"
-        for name, label in [("engine", "this engine"), ("generate", "transformers generate")]
+        f"| {SIDES[name]} | {side['tokens_per_second']:.0f} | {side['least']:.0f} | {side['most']:.0f} | {side['tokens']:,} |\n"
+        for name, side in result["sides"].items()
     )
-    return f"{head}{rows}\nratio {result['ratio']:.2f}; greedy answers equal: {result['greedy_agreement']:.1%} of prompts"
+    ratios = ", ".join(f"{times:.2f} times {SIDES[name]}" for name, times in result["ratios"].items())
+    return f"{head}{rows}\nthis engine is {ratios}; greedy answers equal: {result['greedy_agreement']:.1%} of prompts"
 
 
 if __name__ == "__main__":

@@ -130,8 +130,11 @@ class Processes:
         return told == b"True"
 
     def fails_first(self) -> bool:
-        """Whether no other process has failed before; asked once by each that fails."""
-        return self.size == 1 or self.store.add(_FAILURES, 1) == 1
+        """Whether no other process has failed before; asked once by each that fails. Their store may be gone with the first."""
+        try:
+            return self.size == 1 or self.store.add(_FAILURES, 1) == 1
+        except dist.DistError:
+            return False
 
     # --- one step's work ---
 

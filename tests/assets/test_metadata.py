@@ -52,7 +52,8 @@ def test_a_teachers_tokens_and_dollars_are_a_table_by_domain_largest_first(mater
     script.facts["teacher_outputs/smollm2"] = {
         **script.facts.get("teacher_outputs/smollm2", {}),
         "domains": {
-            "small": {"completions": 1, **found}, HOSTILE: {"completions": 9, **found}, "free": {"completions": 0, "usd": None},
+            "small": {"completions": 1, **found}, HOSTILE: {"completions": 9, **found},
+            "free": {"completions": 0, **found, "usd": None},
         },
     }  # fmt: skip
     result = materialize('+key:"teacher_outputs__smollm2"')

@@ -38,7 +38,7 @@ def document(folder: Path, url: str, **changes: Any) -> dict[str, Any]:
         "teachers": {"big": big | changes},
         "scorers": {"*": [{"kind": "contains_answer"}]},
         "filters": {"verified": {"min_score": 1.0, "drop": ["truncated"]}},
-        "students": {"small": {"data": ["big/verified"], "init": {"scratch": {"layers": 2}}, "stages": [{"method": "sft"}]}},
+        "students": {"small": {"data": ["big/verified"], "init": {"model": "student"}, "stages": [{"method": "sft"}]}},
         "evaluation": {"tasks": ["no_such_task"]},
     }  # fmt: skip
 

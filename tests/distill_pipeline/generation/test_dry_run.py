@@ -23,6 +23,7 @@ N, NUM_PROMPTS = 4, 60
 def document(folder: Path, **teacher: Any) -> dict[str, Any]:
     lines = [json.dumps({"prompt": f"what is {i} plus {i * i}?", "reference": "e"}) for i in range(NUM_PROMPTS)]
     (folder / "prompts.jsonl").write_text("\n".join(lines))
+    init = {"model": "student"} if teacher.get("engine") == "openai" else {"scratch": {"layers": 2}}
     return {
         "name": "planned",
         "prompt_pool": {
@@ -32,7 +33,7 @@ def document(folder: Path, **teacher: Any) -> dict[str, Any]:
         "teachers": {"some": {"license": "mit", "sampling": {"n": N, "temperature": 1.0, "max_tokens": 8}} | teacher},
         "scorers": {"*": [{"kind": "contains_answer"}]},
         "filters": {"all": {}, "right": {"min_score": 1.0, "max_per_prompt": 2}},
-        "students": {"small": {"data": ["some/right"], "init": {"scratch": {"layers": 2}},
+        "students": {"small": {"data": ["some/right"], "init": init,
                                "stages": [{"method": "sft", "batch_prompts": 4}]}},
         "evaluation": {"tasks": ["elementary_heldout"], "include_path": ELEMENTARY},
     }  # fmt: skip
