@@ -7,7 +7,8 @@ A part's metadata holds what was paid since the part before it, failed requests 
 over all runs.
 
 Decided: an answer that ended by itself serves every ``max_tokens`` that holds it; one that was cut serves only the
-``max_tokens`` that cut it, unless the model's context did. Gave up: a database; the index of keys is 20 bytes a row in memory.
+``max_tokens`` that cut it, unless the model's context did; both serve the one they were asked for, whatever a server counts.
+Gave up: a database; the index of keys is 20 bytes a row in memory.
 """
 
 import json
@@ -184,7 +185,8 @@ class GenerationStore:
         stopped = table["finish_reason"].to_numpy() == "stop"
         cut_by_context = tokens < limit
         fits = (tokens <= self.max_tokens) & (stopped | cut_by_context)
-        return np.asarray(fits | (~stopped & (tokens == self.max_tokens)), np.bool_)
+        is_own = limit == self.max_tokens  # whatever tokens a server counts or lets through
+        return np.asarray(is_own | fits | (~stopped & (tokens == self.max_tokens)), np.bool_)
 
 
 def _token_row(done: Completion) -> dict[str, Any]:

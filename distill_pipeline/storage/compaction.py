@@ -20,6 +20,8 @@ from distill_pipeline.storage.parts import part_files, read_part, write_part
 SMALL_BYTES = 4 << 20
 LARGE_BYTES = 16 << 20
 """Parts below the first are merged into parts of at most the second: readers have a whole part in memory."""
+LARGE_ROWS = 40_000
+"""Nor do merged parts have more rows than this: answers that are much alike take few bytes on disk, all of them in memory."""
 MIN_PARTS = 16
 """So many small neighbours are worth one merge: a row is then written anew a few times in all."""
 
@@ -45,14 +47,14 @@ def merge_small_parts(
     Raises:
         IntegrityError: a part cannot be read; the message names it.
     """
-    if not _small_groups(part_files(folder), min_parts):
+    if sum(size < SMALL_BYTES for size in _sizes(folder).values()) < min_parts:
         return False
     with _alone(folder) as is_alone:
         if not is_alone:
             return False
         notes_of_all = [read_part(part, [], what=what).schema.metadata for part in part_files(folder)]
         _remove(folder, (name for found in notes_of_all for name in replaced_by(found)))  # Left by one that was killed.
-        groups = _small_groups(part_files(folder), min_parts)
+        groups = _small_groups(_sizes(folder), min_parts, what)
         for group in groups:
             tables = [read_part(part, None, what=what) for part in group]
             notes = merge_notes([table.schema.metadata or {} for table in tables])
@@ -63,18 +65,23 @@ def merge_small_parts(
     return bool(groups)
 
 
-def _small_groups(parts: Sequence[Path], min_parts: int) -> list[list[Path]]:
+def _sizes(folder: Path) -> dict[Path, int]:
+    """Bytes of each part, oldest first."""
+    return {part: part.stat().st_size for part in part_files(folder) if part.exists()}
+
+
+def _small_groups(sizes: Mapping[Path, int], min_parts: int, what: str) -> list[list[Path]]:
     """Neighbours to be merged: each of them small, together not too large, and enough of them."""
-    sizes = {part: part.stat().st_size for part in parts if part.exists()}
     groups: list[list[Path]] = []
     for is_small, run in groupby(sizes, key=lambda part: sizes[part] < SMALL_BYTES):
-        filled = LARGE_BYTES
+        filled, num_rows = LARGE_BYTES, LARGE_ROWS
         for part in run if is_small else ():
-            if filled + sizes[part] > LARGE_BYTES:
+            own = len(read_part(part, [], what=what))
+            if filled + sizes[part] > LARGE_BYTES or num_rows + own > LARGE_ROWS:
                 groups.append([])
-                filled = 0
+                filled = num_rows = 0
             groups[-1].append(part)
-            filled += sizes[part]
+            filled, num_rows = filled + sizes[part], num_rows + own
     return [group for group in groups if len(group) >= min_parts]
 
 

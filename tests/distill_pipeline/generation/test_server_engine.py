@@ -319,6 +319,20 @@ def test_a_budget_of_tokens_counts_prompts_and_completions(bench: Bench, server:
     assert 10 <= server.asked <= 1000 // 34
 
 
+def test_a_sum_of_tokens_that_gives_one_answer_more_than_its_limit_costs_no_row(bench: Bench, server: FakeServer) -> None:
+    def script(prompt: str, body: dict[str, Any]) -> dict[str, Any]:
+        texts = ["a", "b", "c", "a word that is longer than all the others together"]
+        choices = [{"message": {"content": text}, "finish_reason": "stop"} for text in texts]
+        return {"choices": choices, "usage": {"prompt_tokens": 9, "completion_tokens": 100}}
+
+    server.script = script
+    outcome = bench.run(questions(3), server.url)
+    assert outcome.counts["stopped"] == 12
+    assert max(row["completion_tokens"] for row in bench.rows()) > 32
+    bench.run(questions(3), server.url)
+    assert server.asked == 3
+
+
 # --- what a user can get wrong ----------------------------------------------------------------------------------------
 
 

@@ -62,6 +62,14 @@ def test_answer_that_ended_serves_every_limit_that_holds_it_and_a_cut_one_only_i
     }
 
 
+def test_an_answer_serves_its_own_limit_whatever_its_server_counts(tmp_path: Path) -> None:
+    store = opened(tmp_path, max_tokens=8)
+    store.add([completion(KEYS[0], tokens=11), completion(KEYS[1], tokens=11, reason="length")])
+    store.flush()
+    usable = {limit: opened(tmp_path, max_tokens=limit).has(KEYS[:2]).tolist() for limit in (7, 8, 9, 64)}
+    assert usable == {7: [False, False], 8: [True, True], 9: [False, False], 64: [True, False]}
+
+
 def test_longer_answer_to_a_cut_request_is_kept_beside_it(tmp_path: Path) -> None:
     short, long = opened(tmp_path, max_tokens=8), opened(tmp_path, max_tokens=64)
     short.add([completion(KEYS[0], tokens=8, reason="length", text="The city")])

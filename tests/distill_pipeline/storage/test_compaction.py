@@ -70,6 +70,17 @@ def test_a_merged_part_is_not_too_large_for_those_who_read_it_whole(tmp_path: Pa
     assert opened(tmp_path).has(KEYS[:40]).all()
 
 
+def test_a_merged_part_has_not_too_many_rows_for_memory_however_small_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = fill(tmp_path, KEYS[:40])
+    monkeypatch.setattr(compaction, "LARGE_ROWS", 18)
+    store.compact()
+    assert [pq.read_metadata(part).num_rows for part in part_files(store.folder)] == [18, 18, 1, 1, 1, 1]
+    store.compact()
+    assert opened(tmp_path).read(KEYS[:40]).keys() == set(KEYS[:40])
+
+
 def test_of_two_answers_the_first_stays_first_also_past_a_part_that_is_not_merged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
