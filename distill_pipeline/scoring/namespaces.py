@@ -12,7 +12,8 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-WORK_DIR = "/work"
+WORK_DIR = "/.program"
+"""Where a program works: a name that no folder of the host has, since what is bound into the root keeps its own."""
 INSIDE_ID = 1000
 """User and group of the program inside."""
 
@@ -88,7 +89,7 @@ def _spare_id(kind: str, pid: int) -> int:
 
 
 def build_root(scratch_mb: int) -> None:
-    """Change to a root that holds the interpreter and system libraries, read-only, and an empty ``/work`` in memory."""
+    """Change to a root that holds the interpreter and system libraries, read-only, and an empty WORK_DIR in memory."""
     with suppress(OSError):  # further namespaces inside: not needed; some containers do not let this be said
         Path("/proc/sys/user/max_user_namespaces").write_text("0")
     bound = _needed_paths()

@@ -75,6 +75,11 @@ def test_a_program_cannot_simply_say_that_it_passed(answer: str) -> None:
     assert judged(answer)[0].score == 0.0
 
 
+def test_nothing_of_this_machine_lies_where_a_program_works() -> None:
+    paths = [*namespaces._needed_paths(), "/proc", "/dev", *(f"/{entry.name}" for entry in Path("/").iterdir())]
+    assert not [path for path in paths if path.startswith(namespaces.WORK_DIR)]
+
+
 def test_nothing_outside_the_work_folder_changes_and_no_secret_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("API_KEY", "hush")
     (tmp_path / "kept").write_text("kept")
