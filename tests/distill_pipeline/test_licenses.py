@@ -76,7 +76,10 @@ def test_the_experiment_goes_before_the_model_and_the_model_before_the_address()
 
 
 def test_experiment_and_card_that_contradict_each_other_are_an_error_with_both() -> None:
-    with pytest.raises(LicenseError, match=r"the experiment says license mit, and the card README\.md of m says llama3\.1"):
+    said = (
+        r"the experiment says license mit, and the card README\.md of m says llama3\.1\. Correct license:, or take it out and"
+    )
+    with pytest.raises(LicenseError, match=said):
         check_license("t", "mit", None, declared=says("llama3.1"))
     found = check_license("t", "mit", "relicensed to us by letter", declared=says("llama3.1"))
     assert (found["license"], found["declared_license"]) == ("mit", "llama3.1")
