@@ -52,18 +52,30 @@ def main() -> None:
     """
 
 
+def _root_option(command: F) -> F:
+    return click.option(
+        "--root", envvar="DISTILL_ROOT", show_envvar=True, default="data", show_default=True,
+        help="artifact store: folder or URL",
+    )(command)  # fmt: skip
+
+
 def _shared_options(command: F) -> F:
-    """The options every stage takes."""
+    """The options of whatever reads an experiment."""
     options = [
         click.argument("experiment", type=click.Path(dir_okay=False)),
-        click.option("--root", envvar="DISTILL_ROOT", default="data", show_default=True, help="artifact store: folder or URL"),
+        _root_option,
         click.option("--teacher-device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N"),
         click.option("--student-device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N"),
-        click.option("--force", is_flag=True, help="do the work even where a stored result matches"),
     ]
     for option in reversed(options):
         command = option(command)
     return command
+
+
+def _stage_options(command: F) -> F:
+    """The options every stage takes."""
+    force = click.option("--force", is_flag=True, help="do the work even where a stored result matches")
+    return _shared_options(force(command))
 
 
 def _make(node: str, *, experiment: str, root: str, **options: Any) -> Any:
@@ -84,14 +96,14 @@ def _show(artifact: Any) -> None:
 
 
 @main.command()
-@_shared_options
+@_stage_options
 def prompts(**options: Any) -> None:
     """Build the prompt pool: read the sources, drop duplicates and what resembles the evaluation, split."""
     _make("prompt_pool", **options)
 
 
 @main.command()
-@_shared_options
+@_stage_options
 @click.argument("teacher")
 def generate(teacher: str, **options: Any) -> None:
     """Let TEACHER answer the prompts that it has not answered yet."""
@@ -99,7 +111,7 @@ def generate(teacher: str, **options: Any) -> None:
 
 
 @main.command()
-@_shared_options
+@_stage_options
 @click.argument("teacher")
 def score(teacher: str, **options: Any) -> None:
     """Score every completion of TEACHER."""
@@ -107,7 +119,7 @@ def score(teacher: str, **options: Any) -> None:
 
 
 @main.command(name="filter")
-@_shared_options
+@_stage_options
 @click.argument("teacher_filter", metavar="TEACHER/FILTER")
 def filter_command(teacher_filter: str, **options: Any) -> None:
     """Decide which completions of a teacher train students; every rejected one stays, with its reasons."""
@@ -115,7 +127,7 @@ def filter_command(teacher_filter: str, **options: Any) -> None:
 
 
 @main.command()
-@_shared_options
+@_stage_options
 @click.argument("teacher_filter", metavar="TEACHER/FILTER")
 def signals(teacher_filter: str, **options: Any) -> None:
     """Store a teacher's distributions over a filtered set's tokens, for students with signal: topk or sampled."""
@@ -123,17 +135,18 @@ def signals(teacher_filter: str, **options: Any) -> None:
 
 
 @main.command()
-@_shared_options
+@_stage_options
 @click.argument("student")
-@click.option("--processes", type=click.IntRange(1), default=1, show_default=True, envvar="DISTILL_TRAIN_PROCESSES",
+@click.option("--processes", type=click.IntRange(1), default=1, show_default=True,
+              envvar="DISTILL_TRAIN_PROCESSES", show_envvar=True,
               help="train in so many processes of this machine, one a GPU: torchrun starts them")  # fmt: skip
-@click.option("--shard", is_flag=True, envvar="DISTILL_TRAIN_SHARD",
+@click.option("--shard", is_flag=True, envvar="DISTILL_TRAIN_SHARD", show_envvar=True,
               help="give each process a part of both models' weights (FSDP2), not a copy (DDP)")  # fmt: skip
 def train(student: str, processes: int, shard: bool, **options: Any) -> None:
     """Train STUDENT; after a crash it goes on from its last checkpoint.
 
     \b
-    On several machines, start it under torchrun yourself; all need the same store:
+    On several machines, start it under torchrun yourself, with --shard where wanted; all need the same store:
       torchrun --nnodes 2 --nproc-per-node 8 ... -m distill_pipeline.cli train EXPERIMENT STUDENT
     """
     from distill_pipeline.joining import is_started_by_torchrun, train_together
@@ -154,7 +167,7 @@ def train(student: str, processes: int, shard: bool, **options: Any) -> None:
 
 
 @main.command()
-@_shared_options
+@_stage_options
 @click.argument("student")
 def evaluate(student: str, **options: Any) -> None:
     """Evaluate STUDENT beside its teacher and its untrained self, and write the report."""
@@ -163,7 +176,7 @@ def evaluate(student: str, **options: Any) -> None:
 
 
 @main.command()
-@_shared_options
+@_stage_options
 def compare(**options: Any) -> None:
     """Put all students of EXPERIMENT side by side."""
     from distill_pipeline.report.markdown import comparison_text
@@ -194,7 +207,7 @@ def plan(no_probe: bool, dry_run_served: bool, **options: Any) -> None:
 
 @main.command()
 @click.argument("student")
-@click.option("--root", envvar="DISTILL_ROOT", default="data", show_default=True, help="artifact store")
+@_root_option
 def lineage(student: str, root: str) -> None:
     """Print what STUDENT was made from, and check that the files still are what they were.
 
@@ -220,7 +233,7 @@ def lineage(student: str, root: str) -> None:
 
 
 @main.command()
-@click.option("--root", envvar="DISTILL_ROOT", default="data", show_default=True, help="artifact store")
+@_root_option
 @click.option("--clean", is_flag=True, help="remove what crashed runs left behind")
 def doctor(root: str, clean: bool) -> None:
     """Check this machine and the store: packages, memory, disk, devices, unfinished work, broken artifacts."""

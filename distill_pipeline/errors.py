@@ -22,7 +22,7 @@ class ModelNotFoundError(DistillError, FileNotFoundError):
 
 
 class LicenseError(DistillError, PermissionError):
-    """The teacher's terms forbid training on its outputs and nobody accepted that with a reason. A rerun does not help."""
+    """The teacher's terms forbid training on its outputs, or are not known, and nobody gave a reason why that is accepted."""
 
 
 class MissingInputError(DistillError, LookupError):
@@ -50,7 +50,7 @@ class TrainingError(DistillError, RuntimeError):
 
 
 class VocabularyMismatchError(DistillError, ValueError):
-    """Teacher and student give different meanings to the same token ids. Choose a pair with one tokenizer."""
+    """Teacher and student give different meanings to the same token ids. Choose a pair with one tokenizer, or uld."""
 
 
 class SignalMismatchError(DistillError, ValueError):

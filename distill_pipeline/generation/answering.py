@@ -255,7 +255,8 @@ class AnsweringRun:
             )
         if counts["failed"] == self.expected:
             raise GenerationError(
-                f"all {self.expected:,} requests to {self.teacher_name} failed, the first with {self.first_error}"
+                f"all {self.expected:,} requests to {self.teacher_name} failed, the first with {self.first_error}. None of "
+                "them is stored: mend the cause and run again."
             )
         return counts
 

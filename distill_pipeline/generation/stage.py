@@ -78,7 +78,8 @@ def generate_outputs(
         if num_prompts == 0:
             raise EmptyResultError(
                 f"teacher {teacher_name} answers the domains {', '.join(teacher.domains)}, and no training prompt is in them; "
-                f"the pool's training prompts are in: {', '.join(sorted(domains)) or 'none'}."
+                f"the pool's training prompts are in: {', '.join(sorted(domains)) or 'none'}. Mend "
+                f"teachers.{teacher_name}.domains, or the domain of a source."
             )
         target, changed = teacher.accept_target, _changed_settings(generations_dir, teacher_name, store.settings)
         run = AnsweringRun(

@@ -30,20 +30,25 @@ def card_license(folder: Path) -> str | None:
 
 
 def hub_license(reference: str, revision: str | None) -> DeclaredLicense:
-    """What the Hub's model info says; without an answer, the card in the local Hub cache. Honours HF_HUB_OFFLINE."""
-    from huggingface_hub import HfApi, constants, try_to_load_from_cache
-    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of the HTTP client that the Hub's client uses
+    """What the Hub's model info says; without an answer, the card in the local Hub cache. Honours HF_HUB_OFFLINE.
+
+    Raises:
+        RepositoryNotFoundError, RevisionNotFoundError: of the Hub's client; the Hub says that it has no such model.
+    """
+    from huggingface_hub import HfApi, constants, errors, try_to_load_from_cache
 
     try:
         info = HfApi(endpoint=constants.ENDPOINT).model_info(reference, revision=revision, timeout=_SECONDS)
         data = {name: getattr(info.card_data, name, None) for name in ("license", "license_name")}
         return DeclaredLicense(_key_of(data), f"the Hub's model info of {reference}")
-    except (HTTPError, OSError) as err:
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
+        raise
+    except (errors.HTTPError, OSError) as err:  # type: ignore[attr-defined]  # of the HTTP client that the Hub's client uses
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"the Hub gave no model info ({type(err).__name__})"
     card = try_to_load_from_cache(reference, "README.md", revision=revision)
     if isinstance(card, str):
         return DeclaredLicense(card_license(Path(card).parent), f"the card of {reference} in the local Hub cache")
-    return DeclaredLicense(None, f"{why}, and the local Hub cache has no card of {reference}")
+    return DeclaredLicense(None, f"{why}, and the local Hub cache has no card of {reference}, which is no folder here")
 
 
 def _key_of(data: Mapping[str, Any]) -> str | None:

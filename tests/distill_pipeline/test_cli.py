@@ -44,6 +44,14 @@ def test_help_names_every_stage_in_order() -> None:
         assert run(command, "--help").exit_code == 0
 
 
+def test_help_says_what_the_environment_decides_and_offers_nothing_in_vain() -> None:
+    text = " ".join(run("train", "--help").output.split())
+    for variable in ("DISTILL_ROOT", "DISTILL_TRAIN_PROCESSES", "DISTILL_TRAIN_SHARD"):
+        assert f"[env var: {variable}" in text
+    assert "--force" in text
+    assert "--force" not in run("plan", "--help").output, "a plan makes nothing"
+
+
 def test_a_stage_is_made_once_and_then_says_that_there_is_nothing_to_do(file: Path) -> None:
     first = run("prompts", file, "--root", file.parent / "data")
     assert first.exit_code == 0, first.output

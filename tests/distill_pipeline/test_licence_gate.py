@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from distill_pipeline.errors import LicenseError
+from distill_pipeline.errors import LicenseError, ModelNotFoundError
 from distill_pipeline.experiment import parse_experiment
 from distill_pipeline.pipeline import Pipeline
 from distill_pipeline.planning import plan_experiment
@@ -97,6 +97,9 @@ def test_a_card_alone_is_enough_and_its_facts_go_with_the_artifact(
     assert facts["license_from"].startswith("the card README.md of ")
 
 
+HUB_ERRORS = {"/someone/none": "RepoNotFound", "/someone/gated": "GatedRepo", "/revision/nowhere": "RevisionNotFound"}
+
+
 class Hub:
     """As much of the Hub as one model's info; counts what it is asked."""
 
@@ -108,9 +111,12 @@ class Hub:
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 hub.asked.append(self.path.partition("?")[0])
-                found = self.path.startswith("/api/models/someone/tiny")
+                known = None if self.path.startswith("/api/models/someone/tiny") else "EntryNotFound"
+                missing = next((code for part, code in HUB_ERRORS.items() if part in self.path), known)
                 body = json.dumps({"id": "someone/tiny", "sha": COMMIT, "siblings": [], "cardData": hub.card}).encode()
-                self.send_response(200 if found else 404)
+                self.send_response(403 if missing == "GatedRepo" else 404 if missing else 200)
+                if missing:
+                    self.send_header("X-Error-Code", missing)
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
                 self.wfile.write(body)
@@ -154,6 +160,32 @@ def test_the_hubs_model_info_is_all_that_is_asked_before_the_verdict(
     with pytest.raises(LicenseError, match=said):
         open_with(model="someone/tiny").make("teacher_outputs/t")
     assert [path for path in hub.asked if "someone/tiny" in path] == ["/api/models/someone/tiny"]
+
+
+@pytest.mark.parametrize(
+    ("teacher", "said"),
+    [
+        (
+            {"model": "someone/none"},
+            r"^model someone/none was found neither as a folder \(.*/someone/none\) nor on the Hub: RepositoryNotFoundError: "
+            r".* Check the name and the network, set HF_TOKEN for a private model, or give a local folder, a GGUF file",
+        ),
+        (
+            {"model": "someone/gated", "license": "mit"},
+            r"^model someone/gated: its owner asks for an agreement\. Accept it on https://huggingface\.co/someone/gated and "
+            r"set HF_TOKEN\.$",
+        ),
+        (
+            {"model": "someone/tiny", "revision": "nowhere"},
+            r"^model someone/tiny has no revision nowhere\. Give a commit, branch or tag of it\.$",
+        ),
+    ],
+)
+def test_a_model_that_the_hub_does_not_have_is_missing_and_not_a_model_without_a_licence(
+    open_with: OpenPipeline, hub: Hub, teacher: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ModelNotFoundError, match=said):
+        open_with(**teacher).make("teacher_outputs/t")
 
 
 def test_a_refused_licence_of_the_experiment_asks_nobody(open_with: OpenPipeline, hub: Hub) -> None:

@@ -29,6 +29,13 @@ def test_every_line_of_the_table_says_what_it_rests_on(terms: Terms) -> None:
     assert terms.verdict != "obliged" or terms.obligations
 
 
+@pytest.mark.parametrize("terms", [terms for terms in ALL if not terms.verify], ids=lambda terms: terms.key)
+def test_a_line_that_counts_as_read_rests_on_no_hearsay(terms: Terms) -> None:
+    hearsay = ("by others", "from memory", "nothing read", "not read", "taken to be")
+    assert not [words for words in hearsay if words in terms.source]
+    assert terms.read <= license_table().date
+
+
 @pytest.mark.parametrize("terms", [terms for terms in ALL if terms.verdict == "refused"], ids=lambda terms: terms.key)
 def test_a_refused_licence_stops_the_teacher_and_names_the_clause_and_its_source(terms: Terms) -> None:
     with pytest.raises(LicenseError) as caught:
@@ -76,11 +83,25 @@ def test_the_experiment_goes_before_the_model_and_the_model_before_the_address()
 
 
 def test_experiment_and_card_that_contradict_each_other_are_an_error_with_both() -> None:
-    with pytest.raises(LicenseError, match=r"the experiment says license mit, and the card README\.md of m says llama3\.1"):
+    said = (
+        r"the experiment says license mit, and the card README\.md of m says llama3\.1\. Correct license:, or take it out and"
+    )
+    with pytest.raises(LicenseError, match=said):
         check_license("t", "mit", None, declared=says("llama3.1"))
     found = check_license("t", "mit", "relicensed to us by letter", declared=says("llama3.1"))
     assert (found["license"], found["declared_license"]) == ("mit", "llama3.1")
-    assert check_license("t", "Tongyi Qianwen", None, declared=says("qwen"))["license"] == "qwen"  # two spellings
+    assert check_license("t", "Qwen License", None, declared=says("qwen"))["license"] == "qwen"  # two spellings
+
+
+def test_qwens_older_licence_is_not_its_newer_one() -> None:
+    assert check_license("t", None, None, declared=says("qwen"))["verdict"] == "obliged"
+    for key in ("tongyi-qianwen", "Tongyi Qianwen License"):
+        with pytest.raises(
+            LicenseError, match=r"licence tongyi-qianwen forbids training on its outputs \(5\.b: .*, read 2026-"
+        ):
+            check_license("t", None, None, declared=says(key))
+    with pytest.raises(LicenseError, match=r"says license qwen, and the card README\.md of m says tongyi-qianwen"):
+        check_license("t", "qwen", None, declared=says("tongyi-qianwen"))
 
 
 def test_a_providers_terms_hold_whatever_licence_is_stated() -> None:

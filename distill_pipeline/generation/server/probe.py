@@ -43,7 +43,7 @@ async def probe(client: Any, url: str, *, name: str, model: str, api_key_env: st
     try:
         response = await client.get(f"{url}/models")
     except http_client().HTTPError as err:
-        raise unreachable(name, url, f"{type(err).__name__}: {err}") from err
+        raise unreachable(name, url, ": ".join(part for part in (type(err).__name__, str(err)) if part)) from err
     if response.status_code != 200:
         raise refusal(name, url, response.status_code, brief(error_text(response.content)), model, api_key_env)
     try:
@@ -63,7 +63,7 @@ def refusal(name: str, url: str, status: int, said: str, model: str, api_key_env
         whose = "asks for a key" if api_key_env is None else f"refuses the key in {api_key_env}"
         return ConfigError(f"teacher {name}: the server at {url} {whose} ({status}: {said}). {what}")
     if status == 404 and "model" in said.lower():
-        return ModelNotFoundError(f"teacher {name}: the server at {url} does not have the model {model} (404: {said}).")
+        return _model_missing(name, url, model, f" (404: {said})")
     if status == 402 or status == 429:
         return GenerationError(
             f"teacher {name}: the account at {url} has no money left ({status}: {said}). Everything answered is stored: pay, "
@@ -83,7 +83,14 @@ def no_such_model(name: str, url: str, model: str, models: list[str]) -> ModelNo
     """The error of a server with other models."""
     named = ", ".join(models[:NAMED_MODELS]) or "none"
     more = f" and {len(models) - NAMED_MODELS} more" if len(models) > NAMED_MODELS else ""
-    return ModelNotFoundError(f"teacher {name}: the server at {url} does not have the model {model}; it has: {named}{more}.")
+    return _model_missing(name, url, model, f"; it has: {named}{more}")
+
+
+def _model_missing(name: str, url: str, model: str, why: str) -> ModelNotFoundError:
+    return ModelNotFoundError(
+        f"teacher {name}: the server at {url} does not have the model {model}{why}. Set teachers.{name}.model to a name that "
+        "GET /models gives there, or load the model into the server."
+    )
 
 
 def _wrong_url(name: str, url: str, why: str) -> ConfigError:

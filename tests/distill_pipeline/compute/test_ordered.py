@@ -136,6 +136,8 @@ def test_ray_gives_the_same_stream_and_the_functions_own_errors(ray_cluster: Non
 
 def test_ray_that_is_not_installed_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'distill-pipeline\[ray\]'"):
+    with pytest.raises(
+        MissingExtraError, match=r"^compute: \{engine: ray\} needs the package ray\. Install it: pip install 'distill-p"
+    ):
         list(ordered_map(TRIPLE, [1], ComputeSpec(engine="ray")))
     assert issubclass(ComputeError, DistillError)

@@ -76,5 +76,7 @@ def test_a_missing_package_is_named_with_the_command(monkeypatch: pytest.MonkeyP
 
     languages._identifier.cache_clear()
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(MissingExtraError, match=r"py3langid.*pip install 'distill-pipeline\[scorers\]'"):
+    with pytest.raises(
+        MissingExtraError, match=r"the filter rule language needs the package py3langid\. Install it: .*\[scorers\]'"
+    ):
         other_language(OTHERS["fr"], ("en",))

@@ -25,13 +25,17 @@ class FakeServer:
     Args:
         fault_frac: share of requests that meet one of ``faults``, by chance seeded with the prompt and how often it came:
             what a prompt meets does not depend on the others, nor on who asks.
-        seconds: how long an answer takes; while ``budget`` is used up everything is 429.
+        seconds: how long an answer takes.
+        key_status: what a request without the ``key`` is answered with.
+        page: what every address answers with, as a web server that is none of OpenAI's kind would.
     """
 
     fault_frac: float = 0.0
     faults: tuple[str, ...] = FAULTS
     seconds: float = 0.0
     key: str | None = None
+    key_status: int = 401
+    page: str | None = None
     models: tuple[str, ...] = (MODEL,)
     takes_n: str = "yes"
     always: tuple[int, str] | None = None
@@ -100,9 +104,11 @@ class FakeServer:
             writer.close()
 
     async def _reply(self, path: str, head: str, body: dict[str, Any], writer: asyncio.StreamWriter) -> bool:
+        if self.page is not None:
+            return self._say(writer, 200, self.page)
         if self.key is not None and f"authorization: bearer {self.key}" not in head.replace("Bearer", "bearer").lower():
             key = next((line.split(" ")[-1] for line in head.split("\r\n") if line.lower().startswith("authorization")), "")
-            return self._say(writer, 401, {"error": {"message": f"Incorrect API key provided: {key}"}})
+            return self._say(writer, self.key_status, {"error": {"message": f"Incorrect API key provided: {key}"}})
         if path == "/v1/models":
             return self._say(writer, self.models_status, {"data": [{"id": model} for model in self.models]})
         if path != "/v1/chat/completions":

@@ -368,7 +368,7 @@ def test_a_key_that_a_server_quotes_in_an_error_reaches_no_row(
 
 
 def test_a_key_variable_that_is_not_set_is_named(bench: Bench, server: FakeServer) -> None:
-    with pytest.raises(ConfigError, match=r"variable NO_SUCH_KEY, which server\.api_key_env names, is not set"):
+    with pytest.raises(ConfigError, match=r"variable NO_SUCH_KEY, which server\.api_key_env names, is not set\. Set it to the"):
         bench.run(questions(2), server.url, server={"api_key_env": "NO_SUCH_KEY"})
 
 
@@ -386,7 +386,9 @@ def test_an_address_that_is_no_such_server_says_where_it_must_end(bench: Bench, 
 
 def test_a_model_that_the_server_does_not_have_is_answered_with_those_it_has(bench: Bench, server: FakeServer) -> None:
     server.models = ("one", "two")
-    with pytest.raises(ModelNotFoundError, match=r"does not have the model fake-model; it has: one, two\."):
+    with pytest.raises(
+        ModelNotFoundError, match=r"the model fake-model; it has: one, two\. Set teachers\.big\.model to a name"
+    ):
         bench.run(questions(2), server.url)
 
 

@@ -293,7 +293,7 @@ def test_run_in_which_everything_fails_is_an_error(bench: Bench) -> None:
 
 
 def test_teacher_without_prompts_is_an_error_that_names_the_domains(bench: Bench) -> None:
-    with pytest.raises(EmptyResultError, match=r"domains law.*are in: sums"):
+    with pytest.raises(EmptyResultError, match=r"domains law.*are in: sums\. Mend teachers\.tiny\.domains"):
         bench.run(pool_batches(range(3)), domains=("law",))
 
 
