@@ -19,6 +19,7 @@ Axes: S sequences, T tokens of the longest one, N pairs, P positions with a pair
 
 import hashlib
 from array import array
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -38,8 +39,9 @@ Layout = Literal["shared", "plain"]
 
 NO_SIGNAL = -1
 
-TREE_TOKENS = 512
-"""Longest tree of several prompts: attention looks at all pairs of its tokens, which by then costs a tenth of the rest."""
+ATTENTION_TOKENS = 2048
+"""In a tree of so many tokens attention, which looks at all pairs of them, costs as much as the rest (measured on a CPU with a
+model of width 576; wider ones have a larger rest, and what is chosen by it then costs a little more than it had to)."""
 
 
 @dataclass(frozen=True)
@@ -210,7 +212,7 @@ def sequences_of(examples: Sequence[Example], layout: Layout, *, max_tokens: int
     """The sequences of some examples: trees of at most ``max_tokens`` (``shared``), or one a completion (``plain``)."""
     if layout == "plain":
         return [_tree([alone]) for example in examples for alone in _alone(example)]
-    return [_tree(group) for group in _neighbours(examples, min(max_tokens, TREE_TOKENS))]
+    return [_tree(group) for group in _neighbours(examples, max_tokens)]
 
 
 def _alone(example: Example) -> Iterator[Example]:
@@ -220,19 +222,40 @@ def _alone(example: Example) -> Iterator[Example]:
 
 
 def _neighbours(examples: Sequence[Example], max_tokens: int) -> Iterator[list[Example]]:
-    """Examples whose prompts begin alike, as many as a tree of ``max_tokens`` holds; a longer one stands alone."""
-    group: list[Example] = []
-    used, last = 0, tuple[int, ...]()
-    for example in sorted(examples, key=lambda example: (example.prompt, example.prompt_id)):
-        own = len(example.prompt) + example.num_tokens
-        cost = own - _common(last, example.prompt)
-        if group and used + cost > max_tokens:
-            yield group
-            group, used, cost = [], 0, own
-        group.append(example)
-        used, last = used + cost, example.prompt
-    if group:
-        yield group
+    """Examples whose prompts begin alike, in trees of at most ``max_tokens``; a longer one stands alone.
+
+    Large trees read what prompts share once, small ones have less attention, and those of one pass are padded to the largest:
+    of some numbers of trees the one that costs least is taken, and the order cut so that the largest is as small as can be.
+    """
+    ordered = sorted(examples, key=lambda example: (example.prompt, example.prompt_id))
+    own = [len(example.prompt) + example.num_tokens for example in ordered]
+    shared = [0, *(_common(before.prompt, example.prompt) for before, example in pairwise(ordered))]
+
+    def trees(limit: int) -> list[tuple[int, int]]:
+        """(number of its first example, tokens) of each tree."""
+        found = list[tuple[int, int]]()
+        for index, (tokens, saved) in enumerate(zip(own, shared, strict=False)):
+            if found and found[-1][1] + tokens - saved <= limit:
+                found[-1] = found[-1][0], found[-1][1] + tokens - saved
+            else:
+                found.append((index, tokens))
+        return found
+
+    def evened(limit: int) -> list[tuple[int, int]]:
+        """As many trees, with the smallest largest one."""
+        number = len(trees(limit))
+        return trees(bisect_left(range(limit), True, key=lambda smaller: len(trees(smaller)) <= number))
+
+    def cost(cut: list[tuple[int, int]]) -> float:
+        sizes = sorted((tokens for _, tokens in cut), reverse=True)
+        padded = ((len(sizes[part]), sizes[part][0]) for part in _passes(sizes, max_tokens))
+        return float(sum(number * width * (1 + width / ATTENTION_TOKENS) for number, width in padded))
+
+    halves = [max_tokens >> times for times in range(max_tokens.bit_length())]
+    cuts = {len(trees(limit)): limit for half in halves for limit in (half, 3 * half // 4)}
+    best = min((evened(limit) for limit in cuts.values()), key=cost, default=[(index, 0) for index in range(len(ordered))])
+    for start, stop in pairwise([*(first for first, _ in best), len(ordered)]):
+        yield ordered[start:stop]
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:
@@ -334,11 +357,17 @@ def micro_batches(examples: Sequence[Example], *, layout: Layout, max_tokens: in
     """
     sequences = sequences_of(examples, layout, max_tokens=max_tokens)
     sequences.sort(key=lambda sequence: -len(sequence.tokens))
+    for part in _passes([len(sequence.tokens) for sequence in sequences], max_tokens):
+        yield collate(sequences[part], layout=layout, pad_id=pad_id)
+
+
+def _passes(sizes: Sequence[int], max_tokens: int) -> Iterator[slice]:
+    """Cut sequences, longest first, into forward passes of at most ``max_tokens`` tokens with padding, or of one sequence."""
     start = 0
-    while start < len(sequences):
-        fit = max(1, max_tokens // len(sequences[start].tokens))
-        yield collate(sequences[start : start + fit], layout=layout, pad_id=pad_id)
-        start += fit
+    while start < len(sizes):
+        stop = min(start + max(1, max_tokens // sizes[start]), len(sizes))
+        yield slice(start, stop)
+        start = stop
 
 
 def collate(sequences: Sequence[TokenTree], *, layout: Layout, pad_id: int) -> MicroBatch:

@@ -8,7 +8,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, StringConstraints, mo
 from distill_pipeline.signals.spec import SignalKind
 from distill_pipeline.spec import Spec
 
-ALGORITHM = "student_checkpoint/1"
+ALGORITHM = "student_checkpoint/2"
 """Raise when the same data and settings would train other weights."""
 
 DataRef = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]+(_[a-z0-9]+)*/[a-z0-9]+(_[a-z0-9]+)*$")]

@@ -1,5 +1,6 @@
 """Laws 11 and 12: what counts in the loss, once each, and that neither layout, padding nor micro-batches change it."""
 
+from itertools import combinations, pairwise
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ from distill_pipeline.training.batches import (
     Example,
     ExampleSet,
     MicroBatch,
+    _common,
+    _neighbours,
     encode_examples,
     epoch_order,
     micro_batches,
@@ -154,6 +157,45 @@ def test_prompts_that_begin_alike_are_read_once_and_never_see_each_other() -> No
     assert tree.end == [7, 7, 4, 4, 7, 6, 7]
     assert tree.targets == {(2, 5): 1, (3, 6): 1, (4, 5): 1, (5, 7): 1, (4, 8): 1, (6, 9): 1}
     assert len(sequences_of([second, first], "shared", max_tokens=7)) == 2
+
+
+def question(number: int, *, shared: int, own: int) -> Example:
+    """A prompt of ``shared`` tokens that all have and ``own`` that no other has, and an answer of two tokens."""
+    return Example(str(number), (*range(shared), *(1000 * (number + 1) + i for i in range(own))), ((1, 2),))
+
+
+def sizes(examples: list[Example], max_tokens: int) -> list[int]:
+    return [len(tree.tokens) for tree in sequences_of(examples, "shared", max_tokens=max_tokens)]
+
+
+def test_trees_of_a_step_are_of_one_size_so_that_nothing_is_padded() -> None:
+    found = sizes([question(i, shared=30, own=30) for i in range(16)], 1024)
+    assert len(found) == 2
+    assert len(set(found)) == 1
+    uneven = sizes([question(i, shared=30, own=20 + 2 * i) for i in range(16)], 1024)
+    assert max(uneven) - min(uneven) <= 10
+    one_long = sizes([question(i, shared=4, own=900 if i == 0 else 50) for i in range(20)], 1024)
+    assert sorted(one_long)[-2] < 200
+
+
+def test_a_long_beginning_is_read_once_and_a_short_one_again_where_attention_would_cost_more() -> None:
+    assert len(sizes([question(i, shared=400, own=20) for i in range(20)], 1024)) == 1
+    assert len(sizes([question(i, shared=4, own=50) for i in range(20)], 1024)) > 4
+
+
+@given(examples=EXAMPLES, max_tokens=st.integers(1, 60))
+def test_no_cut_into_as_many_trees_has_a_smaller_largest_one(examples: list[Example], max_tokens: int) -> None:
+    def cost(group: list[Example]) -> int:
+        tokens = [len(example.prompt) + example.num_tokens for example in group]
+        return sum(tokens) - sum(_common(a.prompt, b.prompt) for a, b in pairwise(group))
+
+    groups = list(_neighbours(examples, max_tokens))
+    ordered = sorted(examples, key=lambda example: (example.prompt, example.prompt_id))
+    assert [example for group in groups for example in group] == ordered
+    assert all(cost(group) <= max_tokens or len(group) == 1 for group in groups)
+    cuts = combinations(range(1, len(ordered)), len(groups) - 1)
+    others = [[ordered[a:b] for a, b in pairwise([0, *cut, len(ordered)])] for cut in cuts]
+    assert max(map(cost, groups)) == min(max(map(cost, other)) for other in others)
 
 
 @pytest.fixture
