@@ -15,6 +15,7 @@ from distill_pipeline.rendering import ChatRenderer
 from distill_pipeline.training.batches import (
     Example,
     ExampleSet,
+    Layout,
     MicroBatch,
     encode_examples,
     epoch_order,
@@ -35,7 +36,8 @@ EXAMPLE = st.builds(
     weight=st.sampled_from([1.0, 1.0, 0.25, 3.0]),
 )
 EXAMPLES = st.lists(EXAMPLE, min_size=1, max_size=5)
-LAYOUTS = st.sampled_from(["shared", "packed", "varlen", "plain"])
+PACKED: tuple[Layout, Layout] = ("packed", "varlen")
+LAYOUTS = st.sampled_from(["shared", *PACKED, "plain"])
 STAGE = TrainStageSpec(method="logit_kd", ce_weight=0.4, kd_temperature=2.0)
 
 
@@ -104,7 +106,7 @@ def predictions(batch: MicroBatch) -> dict[tuple[tuple[int, ...], int], float]:
     found: dict[tuple[tuple[int, ...], int], float] = {}
     places, targets = batch.places_P.tolist(), batch.targets
     mask = batch.attention_mask(additive=False)
-    assert (mask is None) == (batch.layout in ("packed", "varlen"))
+    assert (mask is None) == (batch.layout in PACKED)
     place_T = torch.arange(batch.token_ids_ST.shape[1])
     chains_STT = (place_T[:, None] >= place_T) & (place_T[:, None] < batch.end_ST[:, None, :])
     seen_STT = None if batch.layout == "plain" else chains_STT if mask is None else mask[:, 0]
@@ -151,12 +153,12 @@ def test_no_forward_pass_exceeds_its_budget_unless_one_sequence_does(
     examples: list[Example], layout: Any, max_tokens: int
 ) -> None:
     for batch in micro_batches(examples, layout=layout, max_tokens=max_tokens, pad_id=END):
-        is_row = batch.layout in ("packed", "varlen")
+        is_row = batch.layout in PACKED
         alone = len(sequences_in(batch)) == 1 if is_row else len(batch.token_ids_ST) == 1
         assert batch.token_ids_ST.numel() <= max_tokens or alone
 
 
-@given(examples=EXAMPLES, layout=st.sampled_from(["packed", "varlen"]), max_tokens=st.integers(1, 60))
+@given(examples=EXAMPLES, layout=st.sampled_from(PACKED), max_tokens=st.integers(1, 60))
 @settings(deadline=None, max_examples=60)
 def test_a_packed_row_holds_each_completion_behind_its_prompt_and_no_padding(
     examples: list[Example], layout: Any, max_tokens: int
@@ -171,8 +173,10 @@ def test_a_packed_row_holds_each_completion_behind_its_prompt_and_no_padding(
 
 def test_rows_stay_short_for_attention_that_computes_what_it_masks() -> None:
     examples = [Example(str(i), (3,) * 100, ((4,) * 51,)) for i in range(9)]
-    packed, varlen = ([batch.token_ids_ST.numel() for batch in micro_batches(examples, layout=layout, max_tokens=4096, pad_id=END)]
-                      for layout in ("packed", "varlen"))  # fmt: skip
+    packed, varlen = (
+        [batch.token_ids_ST.numel() for batch in micro_batches(examples, layout=layout, max_tokens=4096, pad_id=END)]
+        for layout in PACKED
+    )
     assert (packed, varlen) == ([450, 450, 450], [1350])
 
 
