@@ -1,9 +1,10 @@
 """Hidden states of a micro-batch, and which layout of completions a pair of models can read.
 
 Decided: nothing is believed from a model's name. Settings that are known to look past an attention mask (sliding windows,
-recurrent layers, attention kernels without masks) rule the shared layout out, and for the rest a small example is run in
-both layouts. Where the hidden states differ, packed rows are tried in the same way, with sequences that are longer than every
-window of the model that the data are longer than; and last each completion gets a padded row of its own.
+recurrent layers, attention kernels without masks) rule the shared layout out, and for the rest an example is run in both
+layouts, longer than every window of the model that a tree can be longer than. Where the hidden states differ, packed rows are
+tried in the same way, with sequences that are longer than every window of the model that the data are longer than; and last
+each completion gets a padded row of its own.
 
 Packed rows rest on what transformers makes of position ids that restart, in a batch without attention mask and cache:
 ``masking_utils`` masks across the borders (sdpa, eager, flex_attention, windows and chunks too), flash attention calls its
@@ -115,15 +116,17 @@ def _tree_obstacle(model: Any, longest: int) -> str | None:
     window = getattr(config, "sliding_window", None)
     if window and getattr(config, "use_sliding_window", True) and longest >= window:
         return f"its sliding window of {window} tokens is shorter than the data ({longest})"
-    if not _reads_trees(model):
+    if not _reads_trees(model, longest, _past_windows(config, max(ROW_TOKENS, longest))):
         return "a trial gave other hidden states in the two layouts"
     return None
 
 
-def _reads_trees(model: Any) -> bool:
-    """Whether a small example has the same hidden states in both layouts."""
-    ids = [3 + i % 7 for i in range(9)]
-    example = Example("probe", tuple(ids[:4]), (tuple(ids[3:7]), tuple(ids[2:8]), (*ids[3:5], ids[0], ids[1])))
+def _reads_trees(model: Any, longest: int, num_tokens: int) -> bool:
+    """Whether an example has the same hidden states in both layouts: short texts, in a tree of more than ``num_tokens``."""
+    ids, draw = [3 + i % 7 for i in range(9)], random.Random(0)
+    size, vocab = max(6, min(16, longest - 4)), range(3, max(10, getattr(model.config.get_text_config(), "vocab_size", 10)))
+    further = [tuple(draw.choices(vocab, k=size)) for _ in range(num_tokens // (size // 2) + 1)]
+    example = Example("probe", tuple(ids[:4]), (tuple(ids[3:7]), tuple(ids[2:8]), (*ids[3:5], ids[0], ids[1]), *further))
     try:
         with evaluating(model), torch.no_grad():
             shared, plain = (_by_completion(model, example, layout) for layout in ("shared", "plain"))
@@ -148,7 +151,7 @@ def _by_completion(model: Any, example: Example, layout: Layout) -> dict[tuple[i
 
 def _row_obstacle(model: Any, longest: int) -> str | None:
     """Why packed rows are read otherwise than each sequence alone, by a trial; None where they are not."""
-    length = _trial_length(model.config.get_text_config(), longest)
+    length = max(PAST_WINDOW, min(longest, _past_windows(model.config.get_text_config(), longest)))
     row_tokens = ROW_TOKENS if _takes_masks(model) else max(ROW_TOKENS, 2 * length + PAST_WINDOW)
     lengths = (length, max(PAST_WINDOW, min(length, row_tokens - length - PAST_WINDOW)), PAST_WINDOW - 1, 1)
     draw = random.Random(0)
@@ -170,11 +173,10 @@ def _row_obstacle(model: Any, longest: int) -> str | None:
     return None
 
 
-def _trial_length(config: Any, longest: int) -> int:
-    """Tokens of a sequence that is longer than every window of the model that some sequence of the data is longer than."""
+def _past_windows(config: Any, limit: int) -> int:
+    """Tokens of a sequence that is longer than every window of a model that is shorter than ``limit``."""
     numbers = [value for name, value in config.to_dict().items() if any(word in name for word in WINDOW_WORDS)]
-    windows = [value for value in numbers if type(value) is int and 0 < value < longest]
-    return max(PAST_WINDOW, min(longest, max(windows, default=0) + PAST_WINDOW))
+    return max((value for value in numbers if type(value) is int and 0 < value < limit), default=0) + PAST_WINDOW
 
 
 def _by_token(model: Any, texts: list[tuple[int, ...]], layout: Layout, max_tokens: int) -> Tensor:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
+    GPTNeoConfig,
     GptOssConfig,
     JambaConfig,
     MambaConfig,
@@ -160,6 +161,13 @@ def test_layout_is_packed_for_windows_shorter_than_the_data_and_shared_for_longe
     layout, reason = choose_layout([random_model(layers=1, seed=0), model], longest=20)
     assert layout == "packed"
     assert "not shared: MistralForCausalLM: its sliding window of 16 tokens is shorter than the data (20)" in reason
+
+
+def test_a_window_of_another_name_that_a_tree_is_longer_than_is_found_though_no_text_is() -> None:
+    config = {"vocab_size": 40, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "initializer_range": 0.2}
+    local = {"attention_types": [[["global", "local"], 1]], "window_size": 16}
+    assert choose_layout([build(GPTNeoConfig(**config, **local))], longest=10)[0] == "packed"
+    assert choose_layout([build(GPTNeoConfig(**config, attention_types=[[["global"], 2]]))], longest=10)[0] == "shared"
 
 
 def test_layout_is_packed_for_a_teacher_in_bfloat16_too() -> None:
