@@ -165,7 +165,7 @@ def test_layout_is_packed_for_windows_shorter_than_the_data_and_shared_for_longe
 
 def test_a_window_of_another_name_that_a_tree_is_longer_than_is_found_though_no_text_is() -> None:
     config = {"vocab_size": 40, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "initializer_range": 0.2}
-    local = {"attention_types": [[["global", "local"], 1]], "window_size": 16}
+    local = {"attention_types": [[["global", "local"], 1]], "window_size": 64}
     assert choose_layout([build(GPTNeoConfig(**config, **local))], longest=10)[0] == "packed"
     assert choose_layout([build(GPTNeoConfig(**config, attention_types=[[["global"], 2]]))], longest=10)[0] == "shared"
 

@@ -31,3 +31,7 @@ def test_rows_of_ragged_lengths_are_nearly_full() -> None:
     assert len(fill_rows(lengths, 512)) <= 1.01 * sum(lengths) / 512 + 1
     # A step of few prompts, where the last row counts.
     assert len(fill_rows(lengths[:40], 512)) == -(-sum(lengths[:40]) // 512)
+
+
+def test_a_sequence_goes_where_the_least_room_is_left() -> None:
+    assert fill_rows([2, 3, 4, 5, 6], 10) == [[4, 2], [3, 1, 0]]
