@@ -11,7 +11,8 @@ Packed rows rest on what transformers makes of position ids that restart, in a b
 kernel for sequences of several lengths (a batch of one, ``_is_packed_sequence``). A model that does not hand its position ids
 on to both fails the trial, and so does a recurrent layer or convolution.
 Given up: ``cu_seq_lens_q`` and ``seq_idx``, by which the own kernels of some hybrids (Qwen3-Next, OLMo-Hybrid, Granite 4) keep
-sequences apart; and windows longer than the data, which the trial does not reach.
+sequences apart; windows longer than the data, or that a configuration does not name so, which the trial does not reach; and
+flash attention for weights in float32, which its kernels refuse, in the trial too.
 """
 
 import contextlib
