@@ -10,9 +10,11 @@ Masking: the last prompt token predicts each completion's first token, a complet
 them the end token (only where the teacher finished). Prompt and padding are never predicted, whatever their token ids:
 what is predicted is a list of (position, token) pairs, not a comparison of ids. Earlier assistant turns are prompt.
 
-Decided: layout ``shared`` as above; ``plain`` puts each completion in a sequence of its own with an ordinary causal mask, for
-models that cannot take the other. Both have the same loss and gradient. Gave up: token ids of all rows stay in memory, at
-four bytes a token.
+Decided: layout ``shared`` as above, and others for models that cannot take it. ``packed`` puts completions, each behind its
+prompt, one after the other into one row without padding; positions restart at each, and from these alone transformers makes
+the mask. ``varlen`` is the same for attention kernels that compute no pair across the borders, so that a row may be long.
+``plain`` puts each completion in a padded row of its own with an ordinary causal mask. All have the same loss and gradient.
+Gave up: token ids of all rows stay in memory, at four bytes a token.
 
 Axes: S sequences, T tokens of the longest one, N pairs, P positions with a pair.
 """
@@ -34,14 +36,19 @@ from torch import Tensor
 from distill_pipeline.errors import TrainingError
 from distill_pipeline.rendering import ChatRenderer
 from distill_pipeline.training.head import Targets
+from distill_pipeline.training.packing import fill_rows
 
-Layout = Literal["shared", "plain"]
+Layout = Literal["shared", "packed", "varlen", "plain"]
 
 NO_SIGNAL = -1
 
 ATTENTION_TOKENS = 2048
 """In a tree of so many tokens attention, which looks at all pairs of them, costs as much as the rest (measured on a CPU with a
-model of width 576; wider ones have a larger rest, and what is chosen by it then costs a little more than it had to)."""
+model of width 576; wider ones have a larger rest, and what is chosen by it then costs a little more than it had to). The
+longest tree of several texts."""
+
+ROW_TOKENS = 512
+"""Longest packed row of several texts: a mask leaves out pairs of their tokens, but not what looking at them costs."""
 
 
 @dataclass(frozen=True)
@@ -209,10 +216,15 @@ class TokenTree:
 
 
 def sequences_of(examples: Sequence[Example], layout: Layout, *, max_tokens: int) -> list[TokenTree]:
-    """The sequences of some examples: trees of at most ``max_tokens`` (``shared``), or one a completion (``plain``)."""
+    """The sequences of some examples: trees or packed rows of at most ``max_tokens``, or one a completion (``plain``)."""
+    if layout == "shared":
+        return [_tree(group) for group in _neighbours(examples, min(max_tokens, ATTENTION_TOKENS))]
+    alone = [one for example in examples for one in _alone(example)]
     if layout == "plain":
-        return [_tree([alone]) for example in examples for alone in _alone(example)]
-    return [_tree(group) for group in _neighbours(examples, max_tokens)]
+        return [_tree([one]) for one in alone]
+    lengths = [len(one.prompt) + one.num_tokens - 1 for one in alone]
+    rows = fill_rows(lengths, max_tokens if layout == "varlen" else min(max_tokens, ROW_TOKENS))
+    return [_tree([alone[index] for index in row], merged=False) for row in rows]
 
 
 def _alone(example: Example) -> Iterator[Example]:
@@ -263,7 +275,8 @@ def _common(first: Sequence[int], second: Sequence[int]) -> int:
     return next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second)))
 
 
-def _tree(examples: Sequence[Example]) -> TokenTree:
+def _tree(examples: Sequence[Example], *, merged: bool = True) -> TokenTree:
+    """Texts merged where they begin alike, or each a tree of its own."""
     tokens: list[int] = []
     depth: list[int] = []
     end: list[int] = []
@@ -279,7 +292,7 @@ def _tree(examples: Sequence[Example]) -> TokenTree:
     last: tuple[int, ...] = ()
     for ids, prompt_length, row, weight in texts:
         inputs = ids[:-1]
-        shared = _common(last, inputs)
+        shared = _common(last, inputs) if merged else 0
         for place in path[shared:]:
             end[place] = len(tokens)
         del path[shared:]
@@ -337,8 +350,13 @@ class MicroBatch:
         moved: dict[str, Any] = {key: x.to(device) for key, x in vars(self).items() if isinstance(x, Tensor)}
         return replace(self, **moved, targets=self.targets.to(torch.device(device)))
 
-    def attention_mask(self, *, additive: bool) -> Tensor:
-        """What the model takes: (S, T) of ones and zeros in layout ``plain``, else (S, 1, T, T), boolean or additive."""
+    def attention_mask(self, *, additive: bool) -> Tensor | None:
+        """What the model takes: (S, T) of ones and zeros in layout ``plain``, (S, 1, T, T), boolean or additive, in ``shared``.
+
+        None in the packed ones: transformers looks for borders in the position ids only where it is given no mask.
+        """
+        if self.layout in ("packed", "varlen"):
+            return None
         place_T = torch.arange(self.token_ids_ST.shape[1], device=self.token_ids_ST.device)
         if self.layout == "plain":
             return (place_T < self.lengths_S[:, None]).long()
@@ -353,11 +371,13 @@ class MicroBatch:
 def micro_batches(examples: Sequence[Example], *, layout: Layout, max_tokens: int, pad_id: int) -> Iterator[MicroBatch]:
     """Cut the examples of one optimizer step into forward passes of at most ``max_tokens`` tokens, padding included.
 
-    Sequences of similar length go together; one that alone is longer than ``max_tokens`` goes alone.
+    Sequences of similar length go together; one that alone is longer than ``max_tokens`` goes alone, as a packed row does:
+    kernels find its borders in the position ids of a batch of one.
     """
     sequences = sequences_of(examples, layout, max_tokens=max_tokens)
     sequences.sort(key=lambda sequence: -len(sequence.tokens))
-    for part in _passes([len(sequence.tokens) for sequence in sequences], max_tokens):
+    sizes = [len(sequence.tokens) for sequence in sequences]
+    for part in _passes(sizes, 1 if layout in ("packed", "varlen") else max_tokens):
         yield collate(sequences[part], layout=layout, pad_id=pad_id)
 
 

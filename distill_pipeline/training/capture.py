@@ -1,9 +1,9 @@
 """Capture teacher signals: read a filtered set's training rows with the teacher and store what it says of every token.
 
-The teacher reads what a student will read: the same renderer, and trees that share beginnings, so that one forward pass tells
-the distributions of all completions of a prompt. Work goes in parts of a fixed number of completion tokens; the files of a part
-appear whole in the work folder, so a run that is killed goes on with the part it was at and leaves the files it would have
-left. Memory holds one part.
+The teacher reads what a student will read: the same renderer, and where it can trees that share beginnings, so that one
+forward pass tells the distributions of all completions of a prompt. Work goes in parts of a fixed number of completion tokens;
+the files of a part appear whole in the work folder, so a run that is killed goes on with the part it was at and leaves the
+files it would have left. Memory holds one part.
 
 Decided: a part's files depend on the rows and settings alone, never on how the run went. Given up: sharing of draws between
 prompts that end alike.

@@ -15,6 +15,7 @@ from distill_pipeline.rendering import ChatRenderer
 from distill_pipeline.training.batches import (
     Example,
     ExampleSet,
+    Layout,
     MicroBatch,
     _common,
     _neighbours,
@@ -23,7 +24,6 @@ from distill_pipeline.training.batches import (
     micro_batches,
     sequences_of,
 )
-from distill_pipeline.training.layout import choose_layout
 from distill_pipeline.training.loop import ModelPair, accumulate_gradients
 from distill_pipeline.training.spec import TrainStageSpec
 
@@ -38,6 +38,8 @@ EXAMPLE = st.builds(
     weight=st.sampled_from([1.0, 1.0, 0.25, 3.0]),
 )
 EXAMPLES = st.lists(EXAMPLE, min_size=1, max_size=5)
+PACKED: tuple[Layout, Layout] = ("packed", "varlen")
+LAYOUTS = st.sampled_from(["shared", *PACKED, "plain"])
 STAGE = TrainStageSpec(method="logit_kd", ce_weight=0.4, kd_temperature=2.0)
 
 
@@ -83,7 +85,7 @@ def assert_same(ours: tuple[float, list[torch.Tensor]], other: tuple[float, list
         torch.testing.assert_close(a, b, atol=1e-5 * max(1.0, scale), rtol=1e-4)
 
 
-@given(examples=EXAMPLES, layout=st.sampled_from(["shared", "plain"]), max_tokens=st.sampled_from([1, 20, 4096]))
+@given(examples=EXAMPLES, layout=LAYOUTS, max_tokens=st.sampled_from([1, 20, 4096]))
 @settings(deadline=None, max_examples=25)
 def test_loss_and_gradient_are_those_of_every_completion_alone(
     models: ModelPair, examples: list[Example], layout: str, max_tokens: int
@@ -105,7 +107,11 @@ def predictions(batch: MicroBatch) -> dict[tuple[tuple[int, ...], int], float]:
     """(tokens seen, token predicted) -> weight, read back from the tensors through the mask."""
     found: dict[tuple[tuple[int, ...], int], float] = {}
     places, targets = batch.places_P.tolist(), batch.targets
-    seen_STT = batch.attention_mask(additive=False)[:, 0] if batch.layout == "shared" else None
+    mask = batch.attention_mask(additive=False)
+    assert (mask is None) == (batch.layout in PACKED)
+    place_T = torch.arange(batch.token_ids_ST.shape[1])
+    chains_STT = (place_T[:, None] >= place_T) & (place_T[:, None] < batch.end_ST[:, None, :])
+    seen_STT = None if batch.layout == "plain" else chains_STT if mask is None else mask[:, 0]
     for position, target, weight in zip(
         targets.pair_position_N.tolist(), targets.pair_target_N.tolist(), targets.pair_weight_N.tolist(), strict=True
     ):
@@ -117,7 +123,7 @@ def predictions(batch: MicroBatch) -> dict[tuple[tuple[int, ...], int], float]:
     return found
 
 
-@given(examples=EXAMPLES, layout=st.sampled_from(["shared", "plain"]), max_tokens=st.sampled_from([1, 15, 4096]))
+@given(examples=EXAMPLES, layout=LAYOUTS, max_tokens=st.sampled_from([1, 15, 4096]))
 @settings(deadline=None, max_examples=60)
 def test_every_completion_token_counts_once_behind_exactly_its_own_prefix(
     examples: list[Example], layout: Any, max_tokens: int
@@ -135,11 +141,45 @@ def test_every_completion_token_counts_once_behind_exactly_its_own_prefix(
     assert found == expected
 
 
-@given(examples=EXAMPLES, max_tokens=st.integers(1, 60))
-@settings(deadline=None, max_examples=40)
-def test_no_forward_pass_exceeds_its_budget_unless_one_sequence_does(examples: list[Example], max_tokens: int) -> None:
-    for batch in micro_batches(examples, layout="shared", max_tokens=max_tokens, pad_id=END):
-        assert batch.token_ids_ST.numel() <= max_tokens or len(batch.token_ids_ST) == 1
+def sequences_in(batch: MicroBatch) -> list[list[int]]:
+    """The sequences of a packed row, as its position ids part them."""
+    tokens, positions = batch.token_ids_ST[0].tolist(), batch.position_ids_ST[0].tolist()
+    borders = [*(place for place, position in enumerate(positions) if position == 0), len(tokens)]
+    assert positions == [i for start, end in pairwise(borders) for i in range(end - start)]
+    return [tokens[start:end] for start, end in pairwise(borders)]
+
+
+@given(examples=EXAMPLES, layout=LAYOUTS, max_tokens=st.integers(1, 60))
+@settings(deadline=None, max_examples=60)
+def test_no_forward_pass_exceeds_its_budget_unless_one_sequence_does(
+    examples: list[Example], layout: Any, max_tokens: int
+) -> None:
+    for batch in micro_batches(examples, layout=layout, max_tokens=max_tokens, pad_id=END):
+        is_row = batch.layout in PACKED
+        alone = len(sequences_in(batch)) == 1 if is_row else len(batch.token_ids_ST) == 1
+        assert batch.token_ids_ST.numel() <= max_tokens or alone
+
+
+@given(examples=EXAMPLES, layout=st.sampled_from(PACKED), max_tokens=st.integers(1, 60))
+@settings(deadline=None, max_examples=60)
+def test_a_packed_row_holds_each_completion_behind_its_prompt_and_no_padding(
+    examples: list[Example], layout: Any, max_tokens: int
+) -> None:
+    found = []
+    for batch in micro_batches(examples, layout=layout, max_tokens=max_tokens, pad_id=END):
+        assert batch.token_ids_ST.shape == (1, int(batch.lengths_S))
+        found += sequences_in(batch)
+    wanted = [[*example.prompt, *ids][:-1] for example in examples for ids in example.completions]
+    assert sorted(found) == sorted(wanted)
+
+
+def test_rows_stay_short_for_attention_that_computes_what_it_masks() -> None:
+    examples = [Example(str(i), (3,) * 100, ((4,) * 51,)) for i in range(9)]
+    packed, varlen = (
+        [batch.token_ids_ST.numel() for batch in micro_batches(examples, layout=layout, max_tokens=4096, pad_id=END)]
+        for layout in PACKED
+    )
+    assert (packed, varlen) == ([450, 450, 450], [1350])
 
 
 def test_completions_that_begin_alike_are_read_once() -> None:
@@ -267,28 +307,6 @@ def test_epoch_order_is_a_permutation_that_depends_on_seed_and_epoch_alone() -> 
     assert sorted(epoch_order(50, seed=3, epoch=1)) == list(range(50))
     assert epoch_order(50, seed=3, epoch=1) == epoch_order.__wrapped__(50, seed=3, epoch=1)
     assert len({epoch_order(50, seed=seed, epoch=epoch) for seed in (0, 1) for epoch in (0, 1)}) == 4
-
-
-def test_layout_is_plain_for_models_that_look_past_a_mask(random_model: Any) -> None:
-    from transformers import BloomConfig, BloomForCausalLM, MistralConfig, MistralForCausalLM
-
-    config = MistralConfig(
-        vocab_size=40, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-        sliding_window=16,
-    )  # fmt: skip
-    mistral = MistralForCausalLM(config).eval()
-    assert choose_layout([mistral], longest=15)[0] == "shared"
-    layout, reason = choose_layout([random_model(layers=1, seed=0), mistral], longest=20)
-    assert layout == "plain"
-    assert "sliding window of 16 tokens" in reason
-    bloom = BloomForCausalLM(BloomConfig(vocab_size=40, hidden_size=16, n_layer=1, n_head=2)).eval()
-    assert choose_layout([bloom], longest=7)[0] == "plain"
-
-
-def test_layout_is_shared_under_eager_attention_too(random_model: Any) -> None:
-    model = random_model(layers=2, seed=0)
-    model.set_attn_implementation("eager")
-    assert choose_layout([model], longest=7)[0] == "shared"
 
 
 def test_bfloat16_forward_passes_stay_near_float32_and_leave_float32_gradients(models: ModelPair) -> None:

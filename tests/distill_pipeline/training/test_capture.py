@@ -147,11 +147,26 @@ def test_layout_and_micro_batches_do_not_change_the_loss_of_stored_signals(
     captured(small)
     for kind in (TOPK, SAMPLED):
         many = train(kind | {"micro_batch_tokens": 64}, signals=small, name="many" + kind["signal"]).facts["curve"]
-        with monkeypatch.context() as patch:
-            patch.setattr(stage, "choose_layout", lambda *args: ("plain", "asked"))
-            one = train(kind | {"micro_batch_tokens": 4096}, signals=small, name="one" + kind["signal"]).facts["curve"]
-        for a, b in zip(many, one, strict=True):
-            assert a["loss"] == pytest.approx(b["loss"], abs=1e-5 * max(1.0, b["loss"]))
+        for layout, tokens in (("plain", 4096), ("packed", 256), ("varlen", 4096)):
+            with monkeypatch.context() as patch:
+                patch.setattr(stage, "choose_layout", lambda *args, chosen=layout: (chosen, "asked"))
+                one = train(kind | {"micro_batch_tokens": tokens}, signals=small, name=layout + kind["signal"]).facts["curve"]
+            for a, b in zip(many, one, strict=True):
+                assert a["loss"] == pytest.approx(b["loss"], abs=1e-5 * max(1.0, b["loss"]))
+                assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+
+
+def test_every_layout_captures_the_same(captured: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found = {}
+    for layout in ("shared", "packed", "varlen", "plain"):
+        monkeypatch.setattr(capture, "choose_layout", lambda *args, chosen=layout: (chosen, "asked"))
+        outcome = captured(SignalsSpec(k=7, dtype="float32"), kinds=("topk",), name=layout)
+        assert outcome.facts["layout"] == layout
+        found[layout] = pq.read_table(tmp_path / layout / "topk-00000.parquet").to_pylist()
+    for layout, rows in found.items():
+        for ours, theirs in zip(rows, found["plain"], strict=True):
+            assert (ours["completion_id"], ours["ids"]) == (theirs["completion_id"], theirs["ids"]), layout
+            np.testing.assert_allclose(ours["log_probs"], theirs["log_probs"], atol=1e-5)
 
 
 PROGRAM = """

@@ -87,6 +87,17 @@ def test_a_model_agrees_with_itself(random_model: Any) -> None:
     assert teacher_agreement(random_model(layers=1, seed=1), model, examples, **options).forward_kl > 0.01
 
 
+def test_models_agree_alike_in_every_layout(random_model: Any) -> None:
+    examples = [Example(str(i), (3, 4, *range(5, 5 + i % 4)), ((5, 6), (5, 7, 2), tuple(range(3, 9 + i)))) for i in range(7)]
+    student, teacher = random_model(layers=1, seed=0), random_model(layers=2, seed=1)
+    options = {"pad_id": 2, "vocab_size": 40, "device": "cpu"}
+    plain = teacher_agreement(student, teacher, examples, layout="plain", **options)
+    for layout in ("shared", "packed", "varlen"):
+        found = teacher_agreement(student, teacher, examples, layout=layout, **options)
+        assert found.forward_kl == pytest.approx(plain.forward_kl, abs=1e-6)
+        assert (found.top1_agreement, found.num_tokens) == (plain.top1_agreement, plain.num_tokens)
+
+
 @given(
     divergences=st.lists(st.sampled_from([0.0, 0.1, 0.25, 0.5, 1.0]), max_size=8),
     patience=st.integers(1, 4),

@@ -38,7 +38,7 @@ import pyarrow as pa
 from distill_pipeline.joining import join
 from distill_pipeline.models.resolve import ModelFolder
 from distill_pipeline.records import TRAINING_SCHEMA
-from distill_pipeline.training import loop
+from distill_pipeline.training import loop, stage
 from distill_pipeline.training.parallel import Processes
 from distill_pipeline.training.spec import StudentSpec
 from distill_pipeline.training.stage import train_student
@@ -59,6 +59,8 @@ met = join("cpu", shards=False)
 rows = pa.RecordBatch.from_pylist(call["rows"], schema=TRAINING_SCHEMA)
 teacher = ModelFolder(Path(call["teacher"]), "tiny-teacher", None, "teacher-identity", None)
 for case in call["cases"]:
+    if "layout" in case:
+        stage.choose_layout = lambda *args: (case["layout"], "asked")
     folder, mine = Path(case["folder"]), Processes(met.rank, met.size, shards=case["shards"], store=met.store)
     try:
         outcome = train_student(
@@ -148,6 +150,7 @@ def trainings(
     made.in_two({
         "copies": {"shards": False, "steps": NUM_STEPS}, "shards": {"shards": True, "steps": NUM_STEPS},
         "cut_copies": {"shards": False, "steps": 6}, "cut_shards": {"shards": True, "steps": 6},
+        "packed": {"shards": True, "steps": NUM_STEPS, "layout": "packed"},
     })  # fmt: skip
     return made
 
@@ -163,6 +166,12 @@ def test_two_processes_have_the_losses_of_one(trainings: Trainings, how: str) ->
             assert two[key] == pytest.approx(one[key], abs=1e-4), (one["step"], key)
     assert {row["rollouts"] for row in whole} == {None, 15, 6}
     assert (trainings.facts(how)["processes"], trainings.facts(how)["weights_held_in"]) == (2, how)
+
+
+def test_two_processes_that_pack_have_the_losses_of_one_that_shares(trainings: Trainings) -> None:
+    assert (trainings.facts("packed")["layout"], trainings.facts("shards")["layout"]) == ("packed", "shared")
+    losses = [row["loss"] for row in trainings.curve("packed")]
+    assert losses == pytest.approx([row["loss"] for row in trainings.curve("whole")], abs=1e-4)
 
 
 @pytest.mark.parametrize("how", ["copies", "shards"])

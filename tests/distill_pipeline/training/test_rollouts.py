@@ -129,7 +129,7 @@ def test_loss_is_over_the_tokens_that_were_drawn_whatever_the_micro_batches(
     frozen = load_model(teacher.path).requires_grad_(False)
     pair = ModelPair(student, output_head(student), student.config.vocab_size, frozen, output_head(frozen))
     found = []
-    for layout, tokens in (("shared", 4096), ("shared", 64), ("plain", 64)):
+    for layout, tokens in (("shared", 4096), ("shared", 64), ("packed", 4096), ("packed", 64), ("varlen", 4096), ("plain", 64)):
         student.zero_grad()
         stage = stage_of(micro_batch_tokens=tokens, **fields)
         result = accumulate_gradients(pair, rolled.examples, stage, layout=layout, pad_id=2, device="cpu")
