@@ -24,7 +24,15 @@ from distill_pipeline.errors import IntegrityError
 from distill_pipeline.generation.budget import Usage
 from distill_pipeline.generation.protocol import Completion
 from distill_pipeline.storage.compaction import Notes, merge_small_parts, replaced_by
-from distill_pipeline.storage.parts import KeyIndex, PartWriter, part_files, read_part, remove_abandoned, several_at_once
+from distill_pipeline.storage.parts import (
+    KeyIndex,
+    PartWriter,
+    RecentParts,
+    part_files,
+    read_part,
+    remove_abandoned,
+    several_at_once,
+)
 from distill_pipeline.storage.places import Place
 
 STORED_SCHEMA = pa.schema(
@@ -118,15 +126,14 @@ class GenerationStore:
         """Columns of the usable answers to the given keys, a table a part."""
         try:
             return self._read(keys, columns)
-        except IntegrityError:
-            if set(self._parts) <= set(part_files(self.folder)):
-                raise
+        except IntegrityError:  # Another run has merged parts, or written one again whose put was thought to have failed.
             self._list_parts()
             return self._read(keys, columns)
 
     def _read(self, keys: Sequence[str], columns: Sequence[str]) -> list[pa.Table]:
         def chosen(found: tuple[int, np.ndarray[Any, Any]]) -> pa.Table:
-            return read_part(self._parts[found[0]], columns, what=_WHAT).take(pa.array(found[1]))
+            part, rows = self._parts[found[0]], found[1]
+            return read_part(part, columns, what=_WHAT, fetch=self._recent.open).take(pa.array(rows))
 
         return list(several_at_once(self.folder, chosen, self._index.rows_by_part(keys).items()))
 
@@ -170,15 +177,17 @@ class GenerationStore:
             self._list_parts()
 
     def _list_parts(self) -> None:
-        """Index the parts that are there now."""
+        """Index the parts that are there now. They may be merged or written again while they are read: then once more."""
+        failed: set[Place] | None = None
         while True:
             parts: list[Place] = [*part_files(self.folder)]
-            self._parts, self._index, self.paid = parts, KeyIndex(), Usage()
+            self._parts, self._index, self._recent, self.paid = parts, KeyIndex(), RecentParts(), Usage()
             try:
                 return self._take(enumerate(parts))
             except IntegrityError:
-                if set(parts) <= set(part_files(self.folder)):
-                    raise  # Otherwise another run has merged them since they were listed.
+                if failed is not None and failed <= set(parts):
+                    raise
+                failed = set(parts)
 
     def _index_part(self, part: Place | None) -> None:
         if part is not None:

@@ -10,9 +10,11 @@ import os
 import re
 import time
 import uuid
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 from typing import Any, TypeVar, overload
 
 import numpy as np
@@ -26,6 +28,9 @@ from distill_pipeline.storage.places import Place, RemotePath, storage_error
 FLUSH_SECONDS = 30.0
 REMOTE_FLUSH_SECONDS = 120.0
 """So long rows wait for their part at most: what a crash can lose, against the number of parts that nobody merges."""
+
+RECENT_BYTES = 256 << 20
+"""So much of the remote parts that were read last stays in memory: about those of the answers that are written together."""
 
 _PARTS = "part-*.parquet"
 _ABANDONED_SECONDS = 86_400
@@ -80,11 +85,14 @@ def write_part(part: Place, table: pa.Table) -> None:
     sync(part.parent)
 
 
-def read_part(part: Place, columns: Sequence[str] | None, *, what: str) -> pa.Table:
-    """Columns of a part (None: all); of a remote one nothing else is fetched.
+def read_part(
+    part: Place, columns: Sequence[str] | None, *, what: str, fetch: Callable[[RemotePath], Any] = RemotePath.open
+) -> pa.Table:
+    """Columns of a part (None: all).
 
     Args:
         what: what it is a part of, for messages.
+        fetch: opens a remote part, so that nothing but these columns is fetched, or as :class:`RecentParts` does.
     Raises:
         IntegrityError: it is damaged or gone; the message names it.
         StorageError: its filesystem cannot be reached.
@@ -92,7 +100,7 @@ def read_part(part: Place, columns: Sequence[str] | None, *, what: str) -> pa.Ta
     names = None if columns is None else list(columns)
     try:
         if isinstance(part, RemotePath):
-            with part.open() as file:
+            with fetch(part) as file:
                 return pq.ParquetFile(file, pre_buffer=True).read(columns=names)
         return pq.read_table(part, columns=names, partitioning=None)
     except StorageError:
@@ -101,6 +109,26 @@ def read_part(part: Place, columns: Sequence[str] | None, *, what: str) -> pa.Ta
         raise IntegrityError(
             f"the part {part} of the {what} cannot be read: {err}. Restore it, or remove it: what it held is then made again."
         ) from err
+
+
+class RecentParts:
+    """The remote parts that were fetched last, whole: rows of a few parts, read mixed and in many steps, fetch each once."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[RemotePath, bytes] = OrderedDict()
+        self._lock = Lock()
+
+    def open(self, part: RemotePath) -> pa.BufferReader:
+        """A part for reading. Raises FileNotFoundError."""
+        with self._lock:
+            data = self._kept.pop(part, None)
+        if data is None:
+            data = part.read_bytes()
+        with self._lock:
+            self._kept[part] = data
+            while len(self._kept) > 1 and sum(map(len, self._kept.values())) > RECENT_BYTES:
+                self._kept.popitem(last=False)
+        return pa.BufferReader(data)
 
 
 def several_at_once(folder: Place, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
