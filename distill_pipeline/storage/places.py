@@ -12,7 +12,7 @@ import io
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -102,7 +102,8 @@ class RemotePath:
         temporary = self.parent / f".tmp-{time.time_ns():020d}-{uuid.uuid4().hex[:12]}"
         self.filesystem.pipe_file(temporary.path, data)
         if self.filesystem.exists(self.path):  # Not every rename replaces.
-            self.filesystem.rm_file(self.path)
+            with suppress(FileNotFoundError):
+                self.filesystem.rm_file(self.path)
         self.filesystem.mv(temporary.path, self.path)
 
 

@@ -25,6 +25,7 @@ from distill_pipeline.doctor import examine
 from distill_pipeline.errors import IntegrityError, StorageError
 from distill_pipeline.generation.answering import stored_answers
 from distill_pipeline.generation.budget import Spending, Usage
+from distill_pipeline.generation.families import Families
 from distill_pipeline.generation.protocol import Asked, Completion
 from distill_pipeline.generation.requests import request_key
 from distill_pipeline.generation.store import GenerationStore
@@ -35,6 +36,7 @@ from distill_pipeline.scoring.registry import ScoreValue
 from distill_pipeline.storage import compaction, parts, places
 from distill_pipeline.storage.parts import part_files
 from distill_pipeline.storage.places import Place, RemotePath
+from distill_pipeline.system_prompts import SystemPrompts
 
 KEYS = [request_key("family", f"prompt{i}", 0) for i in range(200)]
 ELEMENTARY = Path(__file__).parents[3] / "examples/elementary/tasks"
@@ -338,6 +340,31 @@ def test_a_full_disk_loses_nothing_and_keeps_no_room(tmp_path: Path, monkeypatch
     assert not list(tmp_path.rglob(".tmp-*"))
     store.flush()
     assert opened(tmp_path).has(KEYS[:2]).all()
+
+
+def test_a_family_that_cannot_be_written_keeps_no_other_from_being_written(machine: Callable[..., RemotePath]) -> None:
+    root = machine()
+
+    def settings_under(system: str | None) -> dict[str, Any]:
+        return {"system": system}
+
+    def store(family: str, settings: dict[str, Any]) -> GenerationStore:
+        return GenerationStore(root, family, settings, max_tokens=32)
+
+    prompts = SystemPrompts("be brief", {"math": "think"})
+    families = Families(prompts, settings_under, store)
+    families.prepare()
+    rows = [{"prompt_id": f"p{number}", "domain": domain} for number, domain in enumerate(("math", "chat"))]
+    keys = [key for row in rows for key in families.keys_of(row, [0])]
+    for row, key in zip(rows, keys, strict=True):
+        families.expect(row, [key])
+    families.add(answer(key) for key in keys)
+    root.filesystem.faults = [ConnectionError("reset")] * 4
+    with pytest.raises(StorageError, match="reset"):
+        families.flush()
+    assert sum(Families(prompts, settings_under, store).has(keys)) == 1
+    families.flush()
+    assert all(Families(prompts, settings_under, store).has(keys))
 
 
 class Scripted:

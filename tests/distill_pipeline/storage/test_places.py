@@ -83,6 +83,20 @@ def test_a_crash_before_the_move_leaves_no_file_and_what_it_left_is_removed_a_da
     assert folder.glob("*") == []
 
 
+def test_two_who_replace_a_file_at_once_are_not_in_each_others_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = RemotePath(Share(), "/store/family.json")
+    file.write_bytes(b"one")
+    remove = Share.rm_file
+
+    def already_removed(filesystem: Share, path: str) -> None:
+        remove(filesystem, path)
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(Share, "rm_file", already_removed)
+    file.write_bytes(b"two")
+    assert file.read_bytes() == b"two"
+
+
 @pytest.mark.parametrize("lands", [False, True])
 def test_a_hiccup_while_writing_is_tried_again_under_the_same_name(lands: bool) -> None:
     filesystem = Faulty(ConnectionResetError("reset"), RuntimeError("503"), lands=lands)
