@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from distill_pipeline.errors import DistillError
+from distill_pipeline.errors import DistillError, StorageError
 from distill_pipeline.storage.artifacts import MANIFEST, ArtifactStore
+from distill_pipeline.storage.parts import part_files
+from distill_pipeline.storage.places import RemotePath
 
 MIN_FREE_BYTES = 5 * 2**30
 PACKAGES = {"torch": "", "transformers": "", "pyarrow": "", "lm-eval": "", "dagster": "pip install 'distill-pipeline[dagster]'"}
@@ -77,6 +79,12 @@ def _machine(root: str) -> Iterator[Finding]:
 
 def _store(root: str, clean: bool) -> Iterator[Finding]:
     store = ArtifactStore(root)
+    if not store.is_local:
+        try:
+            yield from _shared(store)
+        except StorageError as err:
+            yield Finding("store", str(err), is_bad=True)
+            return
     broken = 0
     manifests = store.filesystem.glob(f"{store.root}/**/{MANIFEST}") if store.filesystem.exists(store.root) else []
     for path in manifests:
@@ -91,6 +99,20 @@ def _store(root: str, clean: bool) -> Iterator[Finding]:
     yield Finding("store", f"{len(manifests) - broken} artifacts under {store.root} verified")
     if store.is_local:
         yield from _leftovers(Path(store.root), clean)
+
+
+def _shared(store: ArtifactStore) -> Iterator[Finding]:
+    """What all machines with this root share. Raises StorageError where this one cannot list it, write or remove."""
+    for name, what in (("generations", "answers"), ("scores", "kept scores")):
+        folder = store.shared_folder(name)
+        assert isinstance(folder, RemotePath), store.root
+        trial = folder / ".doctor"
+        trial.write_bytes(b"")
+        trial.remove()
+        families = [each for each in folder.glob("*") if each.name != "last"]
+        parts = sum(len(part_files(each)) for each in families)
+        said = f"{parts:,} parts of {len(families):,} families in {folder}, shared by all machines; this one can write there"
+        yield Finding(what, f"{said}. Small parts stay: they are merged in local folders only")
 
 
 def _leftovers(root: Path, clean: bool) -> Iterator[Finding]:

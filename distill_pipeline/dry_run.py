@@ -97,7 +97,7 @@ def dry_run(work: Work, prompts: Sequence[dict[str, Any]], *, with_scores: bool)
         context = scoring_context(work, None if is_paid else folder / "kept")
         outcome = generate_outputs(
             [pool], _made(folder / "outputs"), teacher_name=name, teacher=teacher, model=model, device=work.teacher_device,
-            generations_dir=work.store.local_folder("generations") if isinstance(model, ServedModel) else folder / "kept",
+            generations_dir=work.store.shared_folder("generations") if isinstance(model, ServedModel) else folder / "kept",
             seed=experiment.seed, progress=silent, is_trial=True,
             count_accepted=accepted_by_scores(experiment.scorers, context, experiment.compute),
         )  # fmt: skip

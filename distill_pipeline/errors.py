@@ -33,6 +33,11 @@ class IntegrityError(DistillError, RuntimeError):
     """Stored files or counts contradict their manifest. A rerun does not help: restore or remove the named file."""
 
 
+class StorageError(DistillError, OSError):
+    """A store cannot be listed, read or written: rights, a missing bucket, the network, a full disk. A rerun helps once that is
+    mended."""
+
+
 class EmptyResultError(DistillError, RuntimeError):
     """A stage kept nothing, so that the next one has nothing to work on. A rerun helps only after a change."""
 

@@ -291,7 +291,7 @@ def _asked(work: Work, systems: Mapping[str, str | None]) -> dict[str, Any]:
 
     def answers(max_tokens: int) -> GreedyAnswers:
         return GreedyAnswers(
-            model, generations_dir=work.store.local_folder("generations"), device=work.teacher_device, max_tokens=max_tokens,
+            model, generations_dir=work.store.shared_folder("generations"), device=work.teacher_device, max_tokens=max_tokens,
             extra_body=teacher.extra_body,
         )  # fmt: skip
 

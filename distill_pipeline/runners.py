@@ -118,7 +118,7 @@ def _run_teacher_outputs(work: Work, out_dir: Path, input_key: str) -> Outcome:
     name = work.teacher_name
     outcome = generate_outputs(
         work.input("prompt_pool").batches(), out_dir, teacher_name=name, teacher=work.experiment.teachers[name],
-        model=work.answering_model(name), generations_dir=work.store.local_folder("generations"), device=work.teacher_device,
+        model=work.answering_model(name), generations_dir=work.store.shared_folder("generations"), device=work.teacher_device,
         seed=work.experiment.seed, progress=work.progress, compute=work.experiment.compute,
         count_accepted=_count_accepted(work),
     )  # fmt: skip
@@ -148,7 +148,7 @@ def scoring_context(work: Work, kept_dir: Path | None = None) -> "ScoringContext
     from distill_pipeline.scoring.rows import ScoringContext
 
     scores, generations = (
-        work.store.local_folder(name) if kept_dir is None else kept_dir / name for name in ("scores", "generations")
+        work.store.shared_folder(name) if kept_dir is None else kept_dir / name for name in ("scores", "generations")
     )
     return ScoringContext(
         models=work.scoring_models(), device=work.teacher_device, scores_dir=scores, generations_dir=generations,

@@ -60,7 +60,7 @@ def _missing(work: Work, prompts: Sequence[dict[str, Any]], teacher: TeacherSpec
 
     how: dict[str, Any] = {
         "teacher": teacher, "model": work.answering_model(work.teacher_name), "device": work.teacher_device,
-        "generations_dir": work.store.local_folder("generations"), "seed": work.experiment.seed,
+        "generations_dir": work.store.shared_folder("generations"), "seed": work.experiment.seed,
         "compute": work.experiment.compute,
     }  # fmt: skip
     missing, most = missing_requests(prompts, **how), len(prompts) * teacher.most_samples

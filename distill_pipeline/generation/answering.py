@@ -282,10 +282,12 @@ def stored_answers(
 ) -> Generator[list[Completion], None, None]:
     """What an engine answers, each list in the store's hands before it is given out; at the end, or if it breaks, on disk.
 
-    A run that ends well leaves no crowd of small parts behind.
+    A run that ends well leaves no crowd of small parts behind on a local disk.
 
-    Raises what the engine raises.
+    Raises what the engine raises, and StorageError where the store cannot be written: before anything is asked for, if that can
+    be seen, else when what waits could not be written at the end either.
     """
+    store.prepare()
     try:
         with closing(engine.answer(windows, spending)) as lists:
             for completions in lists:

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 from distill_pipeline.generation.answering import stored_answers, stored_form
@@ -12,6 +11,7 @@ from distill_pipeline.generation.protocol import Asked
 from distill_pipeline.generation.requests import family_of, request_key
 from distill_pipeline.generation.store import GenerationStore
 from distill_pipeline.records import prompt_id
+from distill_pipeline.storage.places import Place
 
 Answer = Mapping[str, Any]
 """``raw_text``, ``finish_reason`` and, where that is ``error``, ``error`` as :class:`Completion` gives it."""
@@ -21,7 +21,7 @@ class GreedyAnswers:
     """One model and where its answers are kept. The model is loaded when the first answer is missing."""
 
     def __init__(
-        self, model: TeacherModel, *, generations_dir: Path, device: str, max_tokens: int,
+        self, model: TeacherModel, *, generations_dir: Place, device: str, max_tokens: int,
         extra_body: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         """

@@ -5,7 +5,7 @@ So another text for one domain is another family for that domain's requests, and
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from distill_pipeline.generation.budget import Usage
 from distill_pipeline.generation.protocol import Completion
 from distill_pipeline.generation.requests import family_of, request_key
 from distill_pipeline.generation.store import GenerationStore
+from distill_pipeline.storage.places import Place
 from distill_pipeline.system_prompts import SystemPrompts
 
 
@@ -63,7 +64,7 @@ class Families:
     # --- as one store: see GenerationStore ------------------------------------------------------------------------
 
     @property
-    def folder(self) -> Path:
+    def folder(self) -> Place:
         """Where the answers are: the one family's folder, or the one that holds all of them."""
         folders = [store.folder for store in self._stores.values()]
         return folders[0] if len(folders) == 1 else folders[0].parent
@@ -105,15 +106,21 @@ class Families:
         """Book what answers cost beside the answers that came last."""
         self._last.pay(usage)
 
+    def prepare(self) -> None:
+        """Find out whether all can be written, before answers are paid for."""
+        for store in self._stores.values():
+            store.prepare()
+
     def flush_if_due(self) -> None:
         """Write where enough rows wait or enough time has gone by."""
         for store in self._stores.values():
             store.flush_if_due()
 
     def flush(self) -> None:
-        """Write all waiting rows; after this call a crash cannot lose them."""
-        for store in self._stores.values():
-            store.flush()
+        """Write all waiting rows; after this call a crash cannot lose them. One store that cannot be written stops no other."""
+        with ExitStack() as stores:
+            for store in self._stores.values():
+                stores.callback(store.flush)
 
     def compact(self) -> None:
         """Merge small parts where there are many."""

@@ -26,7 +26,8 @@ from distill_pipeline.generation.spool import prompts_in, spooled, windows
 from distill_pipeline.generation.store import GenerationStore
 from distill_pipeline.outcome import Outcome, Progress
 from distill_pipeline.reasoning import opening_of
-from distill_pipeline.storage.files import write_whole
+from distill_pipeline.storage.files import text_of, write_whole
+from distill_pipeline.storage.places import Place
 
 
 def generate_outputs(
@@ -36,7 +37,7 @@ def generate_outputs(
     teacher_name: str,
     teacher: TeacherSpec,
     model: TeacherModel,
-    generations_dir: Path,
+    generations_dir: Place,
     device: str,
     seed: int,
     progress: Progress,
@@ -44,7 +45,7 @@ def generate_outputs(
     count_accepted: CountAccepted | None = None,
     is_trial: bool = False,
     flush_rows: int = 2048,
-    flush_seconds: float = 30.0,
+    flush_seconds: float | None = None,
 ) -> Outcome:
     """Write ``part-*.parquet`` (COMPLETION_SCHEMA) with n rows a training prompt, in the pool's order, then by sample.
 
@@ -59,7 +60,7 @@ def generate_outputs(
         compute: with ``engine: ray`` a model that runs here runs on the cluster instead; the rows are the same.
         count_accepted: says what is accepted; needed where the budget has an ``accept_target``.
         is_trial: the next run still says which settings differ from those of the run before this one.
-        flush_rows, flush_seconds: how much a crash can lose; batches in flight come on top.
+        flush_rows, flush_seconds: how much a crash can lose, see :class:`PartWriter`; batches in flight come on top.
     Returns:
         counts with ``expected == stopped + truncated + failed``, of which ``reused`` cost nothing; facts say the family, what
         differs from this teacher's last run, tokens, speed and cost, these by domain too, and what an ``accept_target`` saved.
@@ -68,13 +69,14 @@ def generate_outputs(
         BudgetError: the teacher's budget does not hold what is missing; what it did hold is stored.
         EmptyResultError: the teacher answers no prompt of the pool.
         GenerationError: every single request failed, or a server is dead; the message gives the reason.
+        StorageError: the store of answers cannot be read or written.
     """
     engine = open_engine(teacher_name, teacher, model, device=device, seed=seed, progress=progress, compute=compute)
     store = _families(
         teacher, model, engine, generations_dir, device=device, seed=seed, compute=compute, flush_rows=flush_rows,
         flush_seconds=flush_seconds,
     )  # fmt: skip
-    with spooled(prompt_batches, teacher.domains, generations_dir) as (spool, num_prompts, domains):
+    with spooled(prompt_batches, teacher.domains, out_dir) as (spool, num_prompts, domains):
         if num_prompts == 0:
             raise EmptyResultError(
                 f"teacher {teacher_name} answers the domains {', '.join(teacher.domains)}, and no training prompt is in them; "
@@ -107,7 +109,7 @@ def missing_requests(
     *,
     teacher: TeacherSpec,
     model: TeacherModel,
-    generations_dir: Path,
+    generations_dir: Place,
     device: str,
     seed: int,
     compute: ComputeSpec = HERE,
@@ -121,7 +123,7 @@ def missing_requests(
 
 
 def settings_changes(
-    teacher_name: str, *, teacher: TeacherSpec, model: TeacherModel, generations_dir: Path, device: str, seed: int,
+    teacher_name: str, *, teacher: TeacherSpec, model: TeacherModel, generations_dir: Place, device: str, seed: int,
     compute: ComputeSpec = HERE,
 ) -> str:  # fmt: skip
     """Settings that differ from this teacher's last finished run here (``temperature 0.8 -> 0.5``); empty where none do."""
@@ -131,7 +133,7 @@ def settings_changes(
 
 
 def _families(
-    teacher: TeacherSpec, model: TeacherModel, engine: Engine, generations_dir: Path, *, device: str, seed: int,
+    teacher: TeacherSpec, model: TeacherModel, engine: Engine, generations_dir: Place, *, device: str, seed: int,
     compute: ComputeSpec = HERE, **flush: Any,
 ) -> Families:  # fmt: skip
     """Where a teacher's answers are. Raises ConfigError for a chat template that takes no system prompt where one is set."""
@@ -159,16 +161,16 @@ def _opening_tag(model: TeacherModel, teacher: TeacherSpec) -> str:
     return opening_of(ChatRenderer(tokenizer, system=teacher.system_prompts.default))
 
 
-def _last_settings_file(generations_dir: Path, teacher_name: str) -> Path:
+def _last_settings_file(generations_dir: Place, teacher_name: str) -> Place:
     return generations_dir / "last" / f"{teacher_name}.json"
 
 
-def _changed_settings(generations_dir: Path, teacher_name: str, settings: dict[str, Any]) -> dict[str, list[Any]]:
+def _changed_settings(generations_dir: Place, teacher_name: str, settings: dict[str, Any]) -> dict[str, list[Any]]:
     """Settings that differ from this teacher's last finished run here: name, then old and new value."""
-    file = _last_settings_file(generations_dir, teacher_name)
-    if not file.exists():
+    text = text_of(_last_settings_file(generations_dir, teacher_name))
+    if text is None:
         return {}
-    last = json.loads(file.read_text(encoding="utf-8"))
+    last = json.loads(text)
     return {name: [last.get(name), value] for name, value in settings.items() if last.get(name) != value}
 
 

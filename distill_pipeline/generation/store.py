@@ -1,10 +1,10 @@
 """The generation store: every answer a teacher ever gave, under its request's key, outliving artifacts and experiments.
 
-Layout: ``<root>/<family>/part-<time>-<random>.parquet`` and ``<root>/<family>/family.json`` with the readable settings. Parts
-are never changed and appear whole, so several runs may write at once and a crash loses only what was not flushed; many small
-ones are merged into few. Of two answers to one request the first stays. Failed requests are not kept: the next run asks again.
-A part's metadata holds what was paid since the part before it, failed requests included, so ``paid`` is the cost of a family
-over all runs.
+Layout: ``<root>/<family>/part-<time>-<random>.parquet`` and ``<root>/<family>/family.json`` with the readable settings, on a
+local disk or any fsspec filesystem. Parts are never changed and appear whole, so several runs on several machines may write at
+once and a crash loses only what was not flushed; on a local disk many small ones are merged into few. Of two answers to one
+request the first stays. Failed requests are not kept: the next run asks again. A part's metadata holds what was paid since the
+part before it, failed requests included, so ``paid`` is the cost of a family over all runs.
 
 Decided: an answer that ended by itself serves every ``max_tokens`` that holds it; one that was cut serves only the
 ``max_tokens`` that cut it, unless the model's context did; both serve the one they were asked for, whatever a server counts.
@@ -13,7 +13,7 @@ Gave up: a database; the index of keys is 20 bytes a row in memory.
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,16 @@ from distill_pipeline.errors import IntegrityError
 from distill_pipeline.generation.budget import Usage
 from distill_pipeline.generation.protocol import Completion
 from distill_pipeline.storage.compaction import Notes, merge_small_parts, replaced_by
-from distill_pipeline.storage.parts import KeyIndex, PartWriter, part_files, read_part, remove_abandoned
+from distill_pipeline.storage.parts import (
+    KeyIndex,
+    PartWriter,
+    RecentParts,
+    part_files,
+    read_part,
+    remove_abandoned,
+    several_at_once,
+)
+from distill_pipeline.storage.places import Place
 
 STORED_SCHEMA = pa.schema(
     [
@@ -52,27 +61,40 @@ _WHAT = "generation store"
 _PAID = "paid"
 
 
+@dataclass(frozen=True)
+class _Indexed:
+    """What a part has: keys and numbers of its usable rows, what was paid for it, and the parts it took the place of."""
+
+    number: int
+    name: str
+    keys: list[str]
+    rows: np.ndarray[Any, Any]
+    paid: Usage
+    replaces: frozenset[str]
+
+
 class GenerationStore:
     """The answers of one family that serve one ``max_tokens``."""
 
     def __init__(
         self,
-        root: Path,
+        root: Place,
         family: str,
         settings: dict[str, Any],
         *,
         max_tokens: int,
         flush_rows: int = 2048,
-        flush_seconds: float = 30.0,
+        flush_seconds: float | None = None,
     ) -> None:
-        """Open a family and read the index of its keys; nothing is written before the first flush.
+        """Open a family and read the index of its keys; nothing is written before the first flush or :meth:`prepare`.
 
         Args:
             settings: of the family; with ``top_logprobs`` among them its answers have TOKEN_COLUMNS.
             flush_rows: :meth:`flush_if_due` writes when so many rows wait,
-            flush_seconds: or when the last write is so long ago.
+            flush_seconds: or when the last write is so long ago; see :class:`PartWriter` for None.
         Raises:
             IntegrityError: a part cannot be read; the message names it.
+            StorageError: the filesystem cannot be reached.
         """
         self.folder = root / family
         self.max_tokens = max_tokens
@@ -104,15 +126,16 @@ class GenerationStore:
         """Columns of the usable answers to the given keys, a table a part."""
         try:
             return self._read(keys, columns)
-        except IntegrityError:
-            if self._are_there(self._parts):
-                raise
+        except IntegrityError:  # Another run has merged parts, or written one again whose put was thought to have failed.
             self._list_parts()
             return self._read(keys, columns)
 
     def _read(self, keys: Sequence[str], columns: Sequence[str]) -> list[pa.Table]:
-        by_part = self._index.rows_by_part(keys)
-        return [read_part(self._parts[part], columns, what=_WHAT).take(pa.array(rows)) for part, rows in by_part.items()]
+        def chosen(found: tuple[int, np.ndarray[Any, Any]]) -> pa.Table:
+            part, rows = self._parts[found[0]], found[1]
+            return read_part(part, columns, what=_WHAT, fetch=self._recent.open).take(pa.array(rows))
+
+        return list(several_at_once(self.folder, chosen, self._index.rows_by_part(keys).items()))
 
     def add(self, completions: Iterable[Completion]) -> None:
         """Take answers for the next flush; failed ones are not kept."""
@@ -132,53 +155,60 @@ class GenerationStore:
             self._unsaved += usage
             self._writer.note(_PAID, json.dumps(asdict(self._unsaved)))
 
+    def prepare(self) -> None:
+        """Find out whether a remote store can be written, before answers are paid for. Raises StorageError."""
+        self._writer.prepare()
+
     def flush_if_due(self) -> None:
         """Call between batches: writes when enough rows wait or enough time has gone by."""
         self._index_part(self._writer.flush_if_due())
 
     def flush(self) -> None:
-        """Write the waiting rows as one part; after this call a crash cannot lose them."""
+        """Write the waiting rows as one part; after this call a crash cannot lose them.
+
+        Raises:
+            StorageError: they could not be written; they wait on, and so does what was paid for them.
+        """
         self._index_part(self._writer.flush())
 
     def compact(self) -> None:
-        """Merge small parts where there are many. Other runs may read and write meanwhile."""
-        if merge_small_parts(self.folder, what=_WHAT, merge_notes=_merged_notes):
+        """Merge small parts of a local store where there are many. Other runs may read and write meanwhile."""
+        if isinstance(self.folder, Path) and merge_small_parts(self.folder, what=_WHAT, merge_notes=_merged_notes):
             self._list_parts()
 
     def _list_parts(self) -> None:
-        """Index the parts that are there now."""
+        """Index the parts that are there now. They may be merged or written again while they are read: then once more."""
+        failed: set[Place] | None = None
         while True:
-            parts = part_files(self.folder)
-            self._parts, self._index, self.paid = parts, KeyIndex(), Usage()
+            parts: list[Place] = [*part_files(self.folder)]
+            self._parts, self._index, self._recent, self.paid = parts, KeyIndex(), RecentParts(), Usage()
             try:
                 return self._take(enumerate(parts))
             except IntegrityError:
-                if self._are_there(parts) or part_files(self.folder) == parts:
-                    raise  # Otherwise another run has merged them since they were listed.
+                if failed is not None and failed <= set(parts):
+                    raise
+                failed = set(parts)
 
-    @staticmethod
-    def _are_there(parts: Iterable[Path]) -> bool:
-        return all(part.exists() for part in parts)
-
-    def _index_part(self, part: Path | None) -> None:
+    def _index_part(self, part: Place | None) -> None:
         if part is not None:
             self._unsaved = Usage()
             self._parts.append(part)
             self._take([(len(self._parts) - 1, part)])
 
-    def _take(self, parts: Iterable[tuple[int, Path]]) -> None:
+    def _take(self, parts: Iterable[tuple[int, Place]]) -> None:
         """Add the usable rows of parts to the index, but for those of parts that others have taken the place of."""
-        found: dict[str, tuple[int, list[str], np.ndarray[Any, Any]]] = {}
-        paid: dict[str, Usage] = {}
-        replaced = set[str]()
-        for number, part in parts:
-            table = read_part(part, ["request_key", "finish_reason", "completion_tokens", "max_tokens"], what=_WHAT)
-            usable = self._usable(table).nonzero()[0]
-            found[part.name] = number, table["request_key"].take(pa.array(usable)).to_pylist(), usable
-            paid[part.name] = _paid_in(table.schema.metadata)
-            replaced |= replaced_by(table.schema.metadata)
-        self._index.add([rows for name, rows in found.items() if name not in replaced])
-        self.paid = sum((usage for name, usage in paid.items() if name not in replaced), self.paid)
+        found = list(several_at_once(self.folder, self._indexed, parts))
+        replaced = frozenset[str]().union(*(part.replaces for part in found))
+        counted = [part for part in found if part.name not in replaced]
+        self._index.add([(part.number, part.keys, part.rows) for part in counted])
+        self.paid = sum((part.paid for part in counted), self.paid)
+
+    def _indexed(self, numbered: tuple[int, Place]) -> _Indexed:
+        number, part = numbered
+        table = read_part(part, ["request_key", "finish_reason", "completion_tokens", "max_tokens"], what=_WHAT)
+        usable, notes = self._usable(table).nonzero()[0], table.schema.metadata
+        keys = table["request_key"].take(pa.array(usable)).to_pylist()
+        return _Indexed(number, part.name, keys, usable, _paid_in(notes), replaced_by(notes))
 
     def _usable(self, table: pa.Table) -> np.ndarray[Any, np.dtype[np.bool_]]:
         tokens, limit = table["completion_tokens"].to_numpy(), table["max_tokens"].to_numpy()

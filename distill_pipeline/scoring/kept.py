@@ -1,13 +1,13 @@
 """Scores that were given before, by content: a scorer is not run again on a row that did not change.
 
 Layout: ``<root>/<identity>/part-<time>-<random>.parquet`` and ``scorer.json`` with the readable identity: the scorer's kind,
-code version, options, and model where it asks one. A row's key is a hash of what its score depends on. A reader sees the
-parts that were there when it opened; 16 bytes a row stay in memory. Scores of rows that were lost are not kept.
+code version, options, and model where it asks one; on a local disk or any fsspec filesystem. A row's key is a hash of what its
+score depends on. A reader sees the parts that were there when it opened; 16 bytes a row stay in memory. Scores of rows that
+were lost are not kept.
 """
 
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,8 @@ import pyarrow as pa
 
 from distill_pipeline.hashing import canonical_json, sha256_of
 from distill_pipeline.scoring.registry import ScoreValue
-from distill_pipeline.storage.parts import KeyIndex, PartWriter, part_files, read_part, remove_abandoned
+from distill_pipeline.storage.parts import KeyIndex, PartWriter, part_files, read_part, remove_abandoned, several_at_once
+from distill_pipeline.storage.places import Place
 
 KEPT_SCHEMA = pa.schema(
     [
@@ -26,7 +27,6 @@ KEPT_SCHEMA = pa.schema(
 )
 
 _FLUSH_ROWS = 16_384
-_FLUSH_SECONDS = 30.0
 _OPEN_PARTS = 8
 _WHAT = "store of scores"
 
@@ -39,18 +39,18 @@ def storable(detail: str) -> str:
 class KeptScores:
     """The kept scores of one scorer: read at any time, written in parts."""
 
-    def __init__(self, root: Path, identity: Mapping[str, Any], *, flush_rows: int = _FLUSH_ROWS) -> None:
+    def __init__(self, root: Place, identity: Mapping[str, Any], *, flush_rows: int = _FLUSH_ROWS) -> None:
         """Nothing is read before the first :meth:`read`, and nothing written before the first :meth:`add`.
 
         Args:
             identity: what the scores depend on beside the rows, as JSON values; its hash names the folder.
-            flush_rows: a part is written when so many scores wait, or after half a minute.
+            flush_rows: a part is written when so many scores wait, or as long after the last as :class:`PartWriter` says.
         """
         self.folder = root / sha256_of(dict(identity))[:32]
         about = "scorer.json", canonical_json(dict(identity))
-        self._writer = PartWriter(self.folder, KEPT_SCHEMA, about=about, flush_rows=flush_rows, flush_seconds=_FLUSH_SECONDS)
+        self._writer = PartWriter(self.folder, KEPT_SCHEMA, about=about, flush_rows=flush_rows)
         self._index: KeyIndex | None = None
-        self._parts: list[Path] = []
+        self._parts: list[Place] = []
         self._tables: OrderedDict[int, pa.Table] = OrderedDict()
 
     def read(self, keys: Sequence[str]) -> dict[str, ScoreValue]:
@@ -73,14 +73,15 @@ class KeptScores:
         self._writer.flush_if_due()
 
     def flush(self) -> None:
-        """Write what waits; once this returns a crash cannot lose it."""
+        """Write what waits; once this returns a crash cannot lose it. Raises StorageError; then it waits on."""
         self._writer.flush()
 
     def _indexed(self) -> KeyIndex:
         remove_abandoned(self.folder)
-        self._parts = part_files(self.folder)
+        self._parts = [*part_files(self.folder)]
         index = KeyIndex()
-        keys = (read_part(part, ["key"], what=_WHAT)["key"].to_pylist() for part in self._parts)
+        tables = several_at_once(self.folder, lambda part: read_part(part, ["key"], what=_WHAT), self._parts)
+        keys = (table["key"].to_pylist() for table in tables)
         index.add([(number, texts, np.arange(len(texts))) for number, texts in enumerate(keys)])
         return index
 

@@ -4,7 +4,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -14,6 +13,7 @@ from distill_pipeline.outcome import Progress, silent
 from distill_pipeline.scoring.isolation import Bench
 from distill_pipeline.scoring.kept import KeptScores
 from distill_pipeline.scoring.registry import Scorer, ScoreValue
+from distill_pipeline.storage.places import Place
 
 if TYPE_CHECKING:
     from distill_pipeline.generation.opening import TeacherModel
@@ -65,8 +65,8 @@ class ScoringContext:
 
     models: Mapping[tuple[str, str | None], "TeacherModel"] = field(default_factory=dict)
     device: str = "auto"
-    scores_dir: Path | None = None
-    generations_dir: Path | None = None
+    scores_dir: Place | None = None
+    generations_dir: Place | None = None
     progress: Progress = silent
 
 

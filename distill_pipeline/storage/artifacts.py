@@ -27,10 +27,11 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 from pydantic import BaseModel, ConfigDict
 
-from distill_pipeline.errors import ConfigError, IntegrityError, MissingInputError
+from distill_pipeline.errors import ConfigError, IntegrityError, MissingExtraError, MissingInputError
 from distill_pipeline.hashing import file_sha256, files_version, version_of
 from distill_pipeline.spec import NAME_PATTERN
-from distill_pipeline.storage.files import user_cache, write_whole
+from distill_pipeline.storage.files import text_of, user_cache, write_whole
+from distill_pipeline.storage.places import Place, RemotePath, reaching
 
 MANIFEST = "manifest.json"
 LATEST = "latest.json"
@@ -161,10 +162,20 @@ class Artifact:
 
 
 class ArtifactStore:
-    """All artifacts under one root, a folder or any fsspec URL."""
+    """All artifacts under one root, a folder or any fsspec URL. Its methods raise StorageError where that cannot be reached."""
 
     def __init__(self, root: str | Path) -> None:
-        self.filesystem, path = fsspec.core.url_to_fs(str(root))
+        """
+        Raises:
+            MissingExtraError: the URL's filesystem needs a package that is not installed.
+            ConfigError: no filesystem is known for the URL.
+        """
+        try:
+            self.filesystem, path = fsspec.core.url_to_fs(str(root))
+        except ImportError as err:
+            raise MissingExtraError(f"the root {root} needs another package: {err}.") from err
+        except ValueError as err:
+            raise ConfigError(f"the root {root} is no folder and no URL that fsspec knows: {err}.") from err
         self.is_local = isinstance(self.filesystem, LocalFileSystem)
         self.root = path.rstrip("/")
 
@@ -184,28 +195,27 @@ class ArtifactStore:
 
     def versions(self, name: str) -> list[str]:
         """Versions of an artifact that were completely written."""
-        found = self.filesystem.glob(f"{self.uri_of(name)}/*/{MANIFEST}")
+        folder = self.uri_of(name)
+        with reaching(self._at(folder), "list"):
+            self.filesystem.invalidate_cache(folder)
+            found = self.filesystem.glob(f"{folder}/*/{MANIFEST}")
         return sorted(path.split("/")[-2] for path in found if re.fullmatch(r"[0-9a-f]{16}", path.split("/")[-2]))
 
     def open(self, name: str, version: str) -> Artifact:
         """One version. Raises MissingInputError when it is not there, IntegrityError when its manifest cannot be read."""
         path = f"{self.uri_of(name, version)}/{MANIFEST}"
         try:
-            text = self.filesystem.cat_file(path)
-        except FileNotFoundError as err:
-            raise MissingInputError(f"{name} has no version {version} under {self.root}.") from err
-        try:
+            text = text_of(self._at(path))
+            if text is None:
+                raise MissingInputError(f"{name} has no version {version} under {self.root}.")
             return Artifact(self, Manifest.model_validate_json(text))
         except ValueError as err:
             raise IntegrityError(f"{path} cannot be read as a manifest: {err}. Remove {self.uri_of(name, version)}.") from err
 
     def latest(self, name: str) -> Artifact | None:
         """The version made or confirmed last, or None."""
-        try:
-            pointer = json.loads(self.filesystem.cat_file(f"{self.uri_of(name)}/{LATEST}"))
-        except FileNotFoundError:
-            return None
-        return self.open(name, pointer["version"])
+        pointer = text_of(self._at(f"{self.uri_of(name)}/{LATEST}"))
+        return None if pointer is None else self.open(name, json.loads(pointer)["version"])
 
     def find(self, name: str, input_key: str) -> Artifact | None:
         """The stored result of exactly these inputs and this code, or None; makes it the latest."""
@@ -248,8 +258,12 @@ class ArtifactStore:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
+    def shared_folder(self, name: str) -> Place:
+        """A folder under the root, wherever that is: one for all machines that have this root."""
+        return self.local_folder(name) if self.is_local else self._at(self.root) / name
+
     def local_folder(self, *parts: str) -> Path:
-        """A folder of this machine that belongs to the store: under its root, or in the user's cache for a remote root."""
+        """A folder of this machine alone: under the root, or in the user's cache for a remote one."""
         folder = (Path(self.root) if self.is_local else user_cache() / version_of(self.root)).joinpath(*parts)
         folder.mkdir(parents=True, exist_ok=True)
         return folder
@@ -314,7 +328,8 @@ class ArtifactStore:
             return Path(artifact.uri)
         folder = self.work_dir(artifact.name, artifact.version)
         if not (folder / MANIFEST).exists():
-            self.filesystem.get(f"{artifact.uri}/", f"{folder}/", recursive=True)
+            with reaching(self._at(artifact.uri), "read"):
+                self.filesystem.get(f"{artifact.uri}/", f"{folder}/", recursive=True)
         return folder
 
     def _place(self, folder: Path, target: str) -> None:
@@ -326,17 +341,18 @@ class ArtifactStore:
             else:
                 folder.rename(target)
         else:
-            self.filesystem.put(f"{folder}/", f"{target}/", recursive=True)
+            with reaching(self._at(target), "write"):
+                self.filesystem.put(f"{folder}/", f"{target}/", recursive=True)
 
     def _point(self, name: str, version: str) -> None:
         self._write(f"{self.uri_of(name)}/{LATEST}", json.dumps({"version": version}))
 
     def _write(self, path: str, text: str) -> None:
-        """Replace a small file; on a local disk readers see the old or the new one, never half of it."""
-        if not self.is_local:
-            self.filesystem.pipe_file(path, text.encode())
-            return
-        write_whole(Path(path), text)
+        """Replace a small file; readers see the old or the new one, never half of it."""
+        write_whole(self._at(path), text)
+
+    def _at(self, path: str) -> Place:
+        return Path(path) if self.is_local else RemotePath(self.filesystem, path)
 
 
 def _lineage(inputs: Iterable[Artifact]) -> list[Ancestor]:

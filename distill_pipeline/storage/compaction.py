@@ -15,7 +15,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from distill_pipeline.storage.files import sync
-from distill_pipeline.storage.parts import part_files, read_part, write_part
+from distill_pipeline.storage.parts import part_files, part_name, read_part, write_part
 
 SMALL_BYTES = 4 << 20
 LARGE_BYTES = 16 << 20
@@ -60,7 +60,7 @@ def merge_small_parts(
             notes = merge_notes([table.schema.metadata or {} for table in tables])
             notes[_REPLACES] = json.dumps([part.name for part in group])
             merged = pa.concat_tables(tables, promote_options="default").replace_schema_metadata(notes)
-            write_part(folder, merged, stamp=group[0].name.split("-")[1])
+            write_part(folder / part_name(group[0].name.split("-")[1]), merged)
             _remove(folder, (part.name for part in group))
     return bool(groups)
 

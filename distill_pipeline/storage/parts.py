@@ -1,62 +1,152 @@
 """Folders of Parquet parts that only grow: a writer that gathers rows into parts, and a small index of the keys in them.
 
-Parts are never changed and appear whole under a name of their own, so several runs may write at once and a crash loses only
-what was not written yet; :mod:`distill_pipeline.storage.compaction` merges small ones. The index holds 16 bytes a row.
+Parts are never changed and appear whole under a name of their own, so several runs may write at once, from several machines
+where the folder is on a filesystem that they share, and a crash loses only what was not written yet. In local folders
+:mod:`distill_pipeline.storage.compaction` merges small parts; it takes locks, so elsewhere they stay, and a writer there waits
+longer between two of them. The index holds 16 bytes a row.
 """
 
 import os
+import re
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from threading import Lock
+from typing import Any, TypeVar, overload
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distill_pipeline.errors import IntegrityError
+from distill_pipeline.errors import IntegrityError, StorageError
 from distill_pipeline.storage.files import sync, write_whole
+from distill_pipeline.storage.places import Place, RemotePath, storage_error
 
+FLUSH_SECONDS = 30.0
+REMOTE_FLUSH_SECONDS = 120.0
+"""So long rows wait for their part at most: what a crash can lose, against the number of parts that nobody merges."""
+
+RECENT_BYTES = 256 << 20
+"""So much of the remote parts that were read last stays in memory: about those of the answers that are written together."""
+
+_PARTS = "part-*.parquet"
 _ABANDONED_SECONDS = 86_400
 """A temporary file this old belongs to no living writer."""
+_READERS = 8
+"""Remote parts that are read at once: each costs a few round trips."""
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
-def part_files(folder: Path) -> list[Path]:
-    """The parts of a folder, oldest first; listed until two listings agree, since one may miss what is just being replaced."""
-    parts = sorted(folder.glob("part-*.parquet"))
-    while (again := sorted(folder.glob("part-*.parquet"))) != parts:
+@overload
+def part_files(folder: Path) -> list[Path]: ...
+@overload
+def part_files(folder: Place) -> list[Place]: ...
+def part_files(folder: Place) -> Sequence[Place]:
+    """The parts of a folder, oldest first.
+
+    A local folder is listed until two listings agree: parts are merged there, and one may miss what is just being replaced.
+    """
+    if isinstance(folder, RemotePath):
+        return [*folder.glob(_PARTS)]
+    parts = sorted(folder.glob(_PARTS))
+    while (again := sorted(folder.glob(_PARTS))) != parts:
         parts = again
     return parts
 
 
-def write_part(folder: Path, table: pa.Table, *, stamp: str | None = None) -> Path:
-    """Add a part; once this returns a crash cannot lose it. ``stamp`` is its place in the order, else it is the newest."""
-    folder.mkdir(parents=True, exist_ok=True)
-    name = f"{stamp or f'{time.time_ns():020d}'}-{uuid.uuid4().hex[:12]}.parquet"
-    temporary, part = folder / f".tmp-{name}", folder / f"part-{name}"
-    with temporary.open("wb") as file:
-        pq.write_table(table, file, compression="zstd")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, part)
-    sync(folder)
-    return part
+def part_name(stamp: str | None = None) -> str:
+    """A new part's name; ``stamp`` is its place in the order, else it is the newest."""
+    return f"part-{stamp or f'{time.time_ns():020d}'}-{uuid.uuid4().hex[:12]}.parquet"
 
 
-def read_part(part: Path, columns: Sequence[str] | None, *, what: str) -> pa.Table:
-    """Columns of a part (None: all). Raises IntegrityError that names it; ``what`` says what it is a part of."""
+def write_part(part: Place, table: pa.Table) -> None:
+    """Add a part; once this returns a crash cannot lose it."""
+    if isinstance(part, RemotePath):
+        buffer = pa.BufferOutputStream()
+        pq.write_table(table, buffer, compression="zstd")
+        part.write_bytes(buffer.getvalue().to_pybytes())
+        return
+    part.parent.mkdir(parents=True, exist_ok=True)
+    temporary = part.with_name(part.name.replace("part-", ".tmp-"))
     try:
-        return pq.read_table(part, columns=columns and list(columns), partitioning=None)
+        with temporary.open("wb") as file:
+            pq.write_table(table, file, compression="zstd")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        temporary.unlink(missing_ok=True)  # On a full disk it would be in the way of the next try.
+        raise
+    os.replace(temporary, part)
+    sync(part.parent)
+
+
+def read_part(
+    part: Place, columns: Sequence[str] | None, *, what: str, fetch: Callable[[RemotePath], Any] = RemotePath.open
+) -> pa.Table:
+    """Columns of a part (None: all).
+
+    Args:
+        what: what it is a part of, for messages.
+        fetch: opens a remote part, so that nothing but these columns is fetched, or as :class:`RecentParts` does.
+    Raises:
+        IntegrityError: it is damaged or gone; the message names it.
+        StorageError: its filesystem cannot be reached.
+    """
+    names = None if columns is None else list(columns)
+    try:
+        if isinstance(part, RemotePath):
+            with fetch(part) as file:
+                return pq.ParquetFile(file, pre_buffer=True).read(columns=names)
+        return pq.read_table(part, columns=names, partitioning=None)
+    except StorageError:
+        raise
     except (pa.ArrowInvalid, OSError) as err:
         raise IntegrityError(
             f"the part {part} of the {what} cannot be read: {err}. Restore it, or remove it: what it held is then made again."
         ) from err
 
 
-def remove_abandoned(folder: Path) -> None:
+class RecentParts:
+    """The remote parts that were fetched last, whole: rows of a few parts, read mixed and in many steps, fetch each once."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[RemotePath, bytes] = OrderedDict()
+        self._lock = Lock()
+
+    def open(self, part: RemotePath) -> pa.BufferReader:
+        """A part for reading. Raises FileNotFoundError."""
+        with self._lock:
+            data = self._kept.pop(part, None)
+        if data is None:
+            data = part.read_bytes()
+        with self._lock:
+            self._kept[part] = data
+            while len(self._kept) > 1 and sum(map(len, self._kept.values())) > RECENT_BYTES:
+                self._kept.popitem(last=False)
+        return pa.BufferReader(data)
+
+
+def several_at_once(folder: Place, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """A function of each of a folder's parts, in order: one by one on a local disk, a few at once where the way is long."""
+    if isinstance(folder, Path):
+        yield from map(function, items)
+        return
+    with ThreadPoolExecutor(_READERS) as pool:
+        yield from pool.map(function, items)
+
+
+def remove_abandoned(folder: Place) -> None:
     """Remove what writers left that were killed long ago."""
     for path in folder.glob(".tmp-*"):
+        if isinstance(path, RemotePath):
+            if (made := re.match(r"\.tmp-(\d{20})-", path.name)) and time.time() - int(made[1]) / 1e9 > _ABANDONED_SECONDS:
+                path.remove()
+            continue
         try:
             if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
                 path.unlink()
@@ -65,21 +155,29 @@ def remove_abandoned(folder: Path) -> None:
 
 
 class PartWriter:
-    """Rows on their way to a folder of parts. Nothing is written before the first row is.
+    """Rows on their way to a folder of parts. Nothing is written before the first row is, but for :meth:`prepare`.
+
+    What could not be written waits on, so that a later call may still write it.
 
     Args:
         about: name and text of a file that says what the folder holds; written before its first part.
         flush_rows: :meth:`flush_if_due` writes when so many rows wait,
-        flush_seconds: or when the last write is so long ago.
+        flush_seconds: or when the last write is so long ago; None is FLUSH_SECONDS in a local folder, REMOTE_FLUSH_SECONDS in
+            others.
     """
 
     def __init__(
-        self, folder: Path, schema: pa.Schema, *, about: tuple[str, str], flush_rows: int, flush_seconds: float
+        self, folder: Place, schema: pa.Schema, *, about: tuple[str, str], flush_rows: int, flush_seconds: float | None = None
     ) -> None:
         self._folder, self._schema, self._about = folder, schema, about
+        if flush_seconds is None:
+            flush_seconds = FLUSH_SECONDS if isinstance(folder, Path) else REMOTE_FLUSH_SECONDS
         self._flush_rows, self._flush_seconds = flush_rows, flush_seconds
         self._waiting: list[Mapping[str, Any]] = []
         self._notes: dict[str, str] = {}
+        self._name = ""
+        """Of the part that is being written, until it is there: a second try replaces what the first may have left."""
+        self._is_prepared = False
         self._flushed_at = time.monotonic()
 
     def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -90,24 +188,50 @@ class PartWriter:
         """Put a text into the metadata of the next part, which is then written also without rows."""
         self._notes[name] = text
 
-    def flush_if_due(self) -> Path | None:
+    def prepare(self) -> None:
+        """Find out whether a remote folder can be written, before rows are made at a price. Raises StorageError."""
+        if isinstance(self._folder, RemotePath) and not self._is_prepared:
+            name, text = self._about
+            write_whole(self._folder / name, text)
+            self._is_prepared = True
+
+    def flush_if_due(self) -> Place | None:
         """Call between batches: the part that was written, if it was time."""
         is_due = len(self._waiting) >= self._flush_rows or time.monotonic() - self._flushed_at >= self._flush_seconds
         return self.flush() if is_due else None
 
-    def flush(self) -> Path | None:
-        """Write what waits as one part; once this returns a crash cannot lose it. None where nothing waits."""
+    def flush(self) -> Place | None:
+        """Write what waits as one part; once this returns a crash cannot lose it. None where nothing waits.
+
+        Raises:
+            StorageError: it could not be written, and waits on.
+        """
         self._flushed_at = time.monotonic()
         if not self._waiting and not self._notes:
             return None
-        name, text = self._about
-        if not (self._folder / name).exists():
-            write_whole(self._folder / name, text)
         schema = self._schema.with_metadata(self._notes) if self._notes else self._schema
-        part = write_part(self._folder, pa.Table.from_pylist(self._waiting, schema=schema))
+        table = pa.Table.from_pylist(self._waiting, schema=schema)
+        self._name = self._name or part_name()
+        part = self._folder / self._name
+        self._write(part, table)
+        self._name = ""
         self._waiting.clear()
         self._notes.clear()
         return part
+
+    def _write(self, part: Place, table: pa.Table) -> None:
+        """Write a part, and before it what the folder holds."""
+        if isinstance(part, RemotePath):
+            self.prepare()
+            write_part(part, table)
+            return
+        name, text = self._about
+        try:
+            if not (part.parent / name).exists():
+                write_whole(part.parent / name, text)
+            write_part(part, table)
+        except OSError as err:
+            raise storage_error(part, "write", err) from err
 
 
 class KeyIndex:

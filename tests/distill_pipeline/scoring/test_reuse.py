@@ -205,9 +205,10 @@ import sys
 sys.path.insert(0, {tests!r})
 from functools import partial
 from pathlib import Path
-from distill_pipeline.scoring import chunks, kept, stage
+from distill_pipeline.scoring import chunks, stage
+from distill_pipeline.storage import parts
 stage.answer_chunks = partial(chunks.answer_chunks, max_rows=5)
-kept._FLUSH_SECONDS = 0.0
+parts.FLUSH_SECONDS = 0.0
 from test_reuse import Runs
 Runs(Path({folder!r})).run({{f"p{{n}}": [f"answer {{n}}"] for n in range(400)}}, {kind!r})
 """
