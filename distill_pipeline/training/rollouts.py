@@ -98,12 +98,14 @@ class StudentSampler:
             for row, example in mine
             for sample in range(rollouts.samples)
         ]
+        served = None if rollouts.server is None else self._served[rollouts.server]
+        if served is not None:
+            served.open(processes)
         started = time.monotonic()
         with held.whole(self._student) as student:
-            if rollouts.server is None:
+            if served is None:
                 done = self._answers(student, requests, rollouts)
             else:
-                served = self._served[rollouts.server]
                 done = served.answers(student, requests, rollouts, stage=stage, step=step, processes=processes)
         self.seconds += time.monotonic() - started
         answers = [done[request.key] for request in requests]
@@ -177,8 +179,8 @@ def rollout_facts(sampler: StudentSampler, curve: Sequence[Mapping[str, Any]]) -
     return {
         "completions": completions, "tokens": round(tokens), "mean_tokens": round(tokens / max(completions, 1), 2),
         "truncated_frac": round(truncated / max(completions, 1), 4), "seconds": round(sampler.seconds, 3),
-        "tokens_per_second": round(sampler.tokens_per_second, 1), "shares_prefixes": sampler.shares_prefixes,
-        **({"servers": servers} if (servers := sampler.server_facts()) else {}),
+        "tokens_per_second": round(sampler.tokens_per_second, 1),
+        **({"servers": servers} if (servers := sampler.server_facts()) else {"shares_prefixes": sampler.shares_prefixes}),
     }  # fmt: skip
 
 

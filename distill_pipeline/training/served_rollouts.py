@@ -55,6 +55,9 @@ class _Drawn:
 class ServedRollouts:
     """One server's part in a training, as one process sees it."""
 
+    _given_at: tuple[int, int] | None
+    """Stage and step that the server's weights are of."""
+
     def __init__(
         self, spec: RolloutServerSpec, renderer: ChatRenderer, *, limit: int, dtype: torch.dtype, progress: Progress
     ) -> None:
@@ -66,7 +69,7 @@ class ServedRollouts:
         self._spec, self._renderer, self._limit, self._dtype = spec, renderer, limit, dtype
         self._server, self._folder = RolloutServer(spec, progress=progress), WeightsFolder(Path(spec.folder))
         self._most_gap = spec.max_logprob_gap or (GAP_FLOAT32 if dtype == torch.float32 else GAP_HALF)
-        self._given_at: tuple[int, int] | None = None
+        self._is_open, self._given_at = False, None
         self._transfers, self._transfer_seconds, self._gaps = 0, 0.0, list[float]()
 
     def prepare(self, student: Any) -> None:
@@ -74,10 +77,26 @@ class ServedRollouts:
         self._folder.claim(self._renderer.tokenizer)
         self._folder.write(student)
 
+    def open(self, processes: Processes) -> None:
+        """Wait for the server, once; the first process does, and the others for it. All processes come here together.
+
+        Raises:
+            TrainingError: nobody answers.
+            ConfigError: it was not started for this.
+        """
+        if self._is_open:
+            return
+        if processes.is_first:
+            self._server.wait(context_tokens=self._limit)
+        processes.most(0)
+        if not processes.is_first:
+            self._server.wait(context_tokens=self._limit)
+        self._is_open = True
+
     def answers(
         self, student: Any, requests: Sequence[Request], rollouts: RolloutSpec, *, stage: int, step: int, processes: Processes
     ) -> dict[str, Completion]:
-        """By key; the samples of a prompt stand together in ``requests``. All processes come here together.
+        """By key, of an opened server; the samples of a prompt stand together in ``requests``. All processes come together.
 
         Raises:
             TrainingError: the server does not answer, or does not draw from the student as it is.
@@ -114,17 +133,12 @@ class ServedRollouts:
 
     def _hand_over(self, student: Any, processes: Processes) -> None:
         """The first process writes and has the server read; the others wait for it."""
-        is_new = self._given_at is None
         if processes.is_first:
-            if is_new:
-                self._server.wait(context_tokens=self._limit)
             started = time.monotonic()
             self._folder.write(student)
             self._server.load(self._folder.path)
             self._transfers, self._transfer_seconds = self._transfers + 1, self._transfer_seconds + time.monotonic() - started
         processes.most(0)
-        if is_new and not processes.is_first:
-            self._server.wait(context_tokens=self._limit)
 
     def _body(self, request: Request, rollouts: RolloutSpec, ends: frozenset[int], width: int) -> dict[str, Any]:
         """A request for all samples of a prompt, but for the model's name."""

@@ -440,7 +440,7 @@ def test_the_key_comes_from_the_environment_and_is_in_no_message(
     bench: Bench, make_server: Any, student: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = make_server(student, key=KEY)
-    with pytest.raises(ConfigError, match="rollouts: the environment variable STUDENT_KEY, .* is not set"):
+    with pytest.raises(ConfigError, match=r"the environment variable STUDENT_KEY, .* is not set"):
         bench.sampler(server, api_key_env="STUDENT_KEY")
     monkeypatch.setenv("STUDENT_KEY", KEY)
     assert bench.roll_out(bench.sampler(server, api_key_env="STUDENT_KEY")).completions == 9
@@ -677,8 +677,8 @@ class Vllm:
         return f"http://127.0.0.1:{self.port}/v1"
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(self.folder), "--host", "127.0.0.1",
-                   "--port", str(self.port), "--max-model-len", "256", "--dtype", "float32", "--enforce-eager"]  # fmt: skip
+        words = f"--model {self.folder} --host 127.0.0.1 --port {self.port} --max-model-len 256 --dtype float32 --enforce-eager"
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words.split()]
         environment = os.environ | {"VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
         with self.log.open("w") as log:
             self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
@@ -726,12 +726,12 @@ def test_vllm_itself_draws_from_the_student_that_is_trained(
     vllm: Vllm, padded: ModelFolder, make_student: Any, make_rows: Any, make_batch: Any, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    server = {"base_url": vllm.url, "folder": str(vllm.folder)}
+    server = {"base_url": vllm.url, "folder": str(vllm.folder), "wait_seconds": 400}
     rollouts = {"samples": 4, "max_tokens": 24, "server": server}
     own = {"method": "on_policy", "divergence": "jsd", "epochs": 8, "lr": 3e-3, "rollouts": rollouts}
     rows = make_rows(12)
     for row in rows:  # longer than a block of vLLM's cache, and alike at the beginning
-        row["messages"][0]["content"] = "what is the opposite of hot? " * 20 + row["messages"][0]["content"]
+        row["messages"][0]["content"] = "what is the opposite of hot? " * 11 + row["messages"][0]["content"]
     outcome = train_student(
         [make_batch(rows)], tmp_path / "out", tmp_path / "work", student=make_student(own, init={"scratch": {"layers": 2}}),
         teacher=padded, init_model=None, system=None, device="cpu", seed=0, progress=vllm.hear,
@@ -747,7 +747,7 @@ def test_vllm_itself_draws_from_the_student_that_is_trained(
 def check_vllm_alone(vllm: Vllm, padded: ModelFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rollouts of one model at the server that the training started: greedy as at home, and refused from old caches."""
     renderer = ChatRenderer(load_tokenizer(padded.path))
-    prompt = tuple(renderer.prompt_ids([{"role": "user", "content": "what is the opposite of hot? " * 20}]))
+    prompt = tuple(renderer.prompt_ids([{"role": "user", "content": "what is the opposite of hot? " * 11}]))
     assert len(prompt) > 128, "a block of the CPU build's cache"
     examples = [Example(f"p{i}", (*prompt[:-6], token, *prompt[-6:]), ((5,),)) for i, token in enumerate((50, 60, 70))]
     bench = Bench(load_model(padded.path), renderer, examples, vllm.folder)
