@@ -28,6 +28,7 @@ from distill_pipeline.work import Work, evaluation_documents_of
 
 if TYPE_CHECKING:
     from distill_pipeline.signals.table import SignalSource
+    from distill_pipeline.training.spec import TrainStageSpec
 
 STEP_PROMPTS = 8
 """Prompts of the one training step that is measured."""
@@ -153,9 +154,7 @@ def _probe_student(pipeline: Pipeline, name: str, probe: TeacherProbe) -> tuple[
     from distill_pipeline.training.stage import train_student
 
     recipe = pipeline.experiment.students[name]
-    one_step: dict[str, Any] = {"max_steps": 1, "batch_prompts": STEP_PROMPTS, "early_stop": None}
-    own = one_step | {"lambda_": 1.0}
-    steps = tuple(s.model_copy(update=own if s.method == "on_policy" and s.lambda_ else one_step) for s in recipe.stages)
+    steps = tuple(map(_one_step, recipe.stages))
     node = pipeline.node(f"student_checkpoint/{name}")
     work = _work(pipeline, node)
     pipeline.progress(f"probe: one step of {name}")
@@ -172,6 +171,15 @@ def _probe_student(pipeline: Pipeline, name: str, probe: TeacherProbe) -> tuple[
     facts = outcome.facts
     costs = [seconds / max(tokens, 1) for seconds, tokens in zip(facts["stage_seconds"], facts["stage_tokens"], strict=True)]
     return costs, int(facts["parameters"])
+
+
+def _one_step(stage: "TrainStageSpec") -> "TrainStageSpec":
+    """A stage cut to one step, which a student that answers itself answers here: no server is asked."""
+    cut: dict[str, Any] = {"max_steps": 1, "batch_prompts": STEP_PROMPTS, "early_stop": None}
+    if stage.method == "on_policy" and stage.lambda_:
+        rollouts = stage.rollouts.model_copy(update={"server": None, "refresh_every": None})
+        cut |= {"lambda_": 1.0, "rollouts": rollouts}
+    return stage.model_copy(update=cut)
 
 
 def _probe_signals(work: Work, rows: pa.RecordBatch, recipe: StudentSpec, folder: Path) -> "list[SignalSource]":

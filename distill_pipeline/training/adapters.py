@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from distill_pipeline.errors import ConfigError, MissingExtraError
 from distill_pipeline.training.spec import LoraSpec
@@ -57,6 +58,16 @@ def add_adapters(model: Any, lora: LoraSpec, seed: int) -> Adapters:
     whole = sum(parameter.numel() for parameter in model.parameters())
     facts = {"layers": len(names), "trained_parameters": trained, "trained_share": round(trained / whole, 6)}
     return Adapters(tuner, lora.document() | facts)
+
+
+@torch.no_grad()
+def merged_tensors(model: Any) -> dict[str, Tensor]:
+    """A model's tensors by name as they would be with its adapters, if it has any, merged; the model stays as it is."""
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if ".lora_" not in name}
+    for name, module in model.named_modules():
+        if hasattr(module, "get_delta_weight"):
+            tensors[f"{name}.base_layer.weight"] = module.get_base_layer().weight + module.get_delta_weight("default")
+    return {name.replace(".base_layer.", "."): tensor for name, tensor in tensors.items()}
 
 
 def _target_names(model: Any, lora: LoraSpec) -> list[str]:

@@ -3,7 +3,8 @@
 The project's own engine steps the very module that is trained, in evaluation mode: no second copy of the weights, and no
 text between drawing and learning, because a text may have other tokens than those that were drawn. Draws follow from the
 seed, the stage, the step and the prompt's number in it, so a run that goes on from a checkpoint answers as one that was not
-interrupted, and several processes draw for their prompts what one would.
+interrupted, and several processes draw for their prompts what one would. A stage that names a server has it draw instead
+(:mod:`distill_pipeline.training.served_rollouts`).
 
 A rollout ends with the end token that was drawn. One that was cut at its limit has none, and none is learned there.
 """
@@ -26,7 +27,8 @@ from distill_pipeline.rendering import ChatRenderer
 from distill_pipeline.training.batches import Example
 from distill_pipeline.training.layout import forward_precision
 from distill_pipeline.training.parallel import ALONE, PLAIN, HeldModel, Processes
-from distill_pipeline.training.spec import RolloutSpec, TrainStageSpec
+from distill_pipeline.training.served_rollouts import ServedRollouts
+from distill_pipeline.training.spec import RolloutServerSpec, RolloutSpec, TrainStageSpec
 
 
 @dataclass(frozen=True)
@@ -50,19 +52,21 @@ class RolloutBatch:
 
 
 class StudentSampler:
-    """Answers prompts with a student under training, whose weights it shares."""
+    """Answers prompts with a student under training, whose weights it shares, or has servers answer them."""
 
     def __init__(
-        self, student: Any, renderer: ChatRenderer, *, seed: int, limit: int, dtype: torch.dtype = torch.float32
-    ) -> None:
+        self, student: Any, renderer: ChatRenderer, *, seed: int, limit: int, dtype: torch.dtype = torch.float32,
+        served: Mapping[RolloutServerSpec, ServedRollouts] | None = None,
+    ) -> None:  # fmt: skip
         """
         Args:
             student: a transformers causal language model; between rollouts it is whatever its trainer makes of it.
             limit: most tokens of a prompt with its completion; see :func:`length_limit`.
             dtype: what the forward passes run in.
+            served: the servers that draw for the stages which name them.
         """
         self._student, self._renderer, self._seed, self._limit = student, renderer, seed, limit
-        self._dtype = dtype
+        self._dtype, self._served = dtype, served or {}
         with evaluating(student):
             self.shares_prefixes = isinstance(decoder_for(student), SharedPrefixDecoder)
         self.num_tokens = 0
@@ -73,6 +77,10 @@ class StudentSampler:
         """Completion tokens a second of generation, in this process."""
         return self.num_tokens / max(self.seconds, 1e-9)
 
+    def server_facts(self) -> list[dict[str, Any]]:
+        """How each server's part went."""
+        return [served.facts() for served in self._served.values()]
+
     def roll_out(
         self, examples: Sequence[Example], rollouts: RolloutSpec, *, stage: int, step: int, held: HeldModel = PLAIN,
         processes: Processes = ALONE,
@@ -80,7 +88,8 @@ class StudentSampler:
         """The same prompts, or this process's share, with ``rollouts.samples`` completions each by the student as it is now.
 
         Raises:
-            TrainingError: the student's logits are not numbers.
+            TrainingError: the student's logits are not numbers, or a server fails or does not draw from the student.
+            ConfigError: a server was not started for this.
         """
         most_tokens = rollouts.samples * rollouts.max_tokens
         mine = processes.share(examples, lambda example: len(example.prompt) + most_tokens)
@@ -89,9 +98,15 @@ class StudentSampler:
             for row, example in mine
             for sample in range(rollouts.samples)
         ]
+        served = None if rollouts.server is None else self._served[rollouts.server]
+        if served is not None:
+            served.open(processes)
         started = time.monotonic()
         with held.whole(self._student) as student:
-            done = self._answers(student, requests, rollouts)
+            if served is None:
+                done = self._answers(student, requests, rollouts)
+            else:
+                done = served.answers(student, requests, rollouts, stage=stage, step=step, processes=processes)
         self.seconds += time.monotonic() - started
         answers = [done[request.key] for request in requests]
         if failed := next((answer for answer in answers if answer.finish_reason == "error"), None):
@@ -164,7 +179,8 @@ def rollout_facts(sampler: StudentSampler, curve: Sequence[Mapping[str, Any]]) -
     return {
         "completions": completions, "tokens": round(tokens), "mean_tokens": round(tokens / max(completions, 1), 2),
         "truncated_frac": round(truncated / max(completions, 1), 4), "seconds": round(sampler.seconds, 3),
-        "tokens_per_second": round(sampler.tokens_per_second, 1), "shares_prefixes": sampler.shares_prefixes,
+        "tokens_per_second": round(sampler.tokens_per_second, 1),
+        **({"servers": servers} if (servers := sampler.server_facts()) else {"shares_prefixes": sampler.shares_prefixes}),
     }  # fmt: skip
 
 

@@ -79,6 +79,34 @@ class InitSpec(Spec):
         return self
 
 
+class RolloutServerSpec(Spec):
+    """A vLLM server that draws a student's rollouts from weights that the trainer writes into a folder which both see.
+
+    Nothing here changes the distribution that is drawn from: it enters no version.
+    """
+
+    base_url: Annotated[str, StringConstraints(pattern=r"^https?://[^/@?#\s]+(/[^@?#\s]*)?/v1/?$")] = Field(
+        description="up to and with /v1; vLLM's development endpoints stand beside it"
+    )
+    folder: str = Field(
+        pattern=r"^/.+", description="the weights' own folder, by its full path, which is the same at the server"
+    )
+    api_key_env: str | None = Field(
+        None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", description="name of the environment variable that holds the key"
+    )
+    seeds: bool = Field(True, description="send each prompt a seed; not every server takes one")
+    max_logprob_gap: float | None = Field(
+        None, gt=0.0,
+        description="most nats a token between server and student; null is 0.02 in float32 and 0.1 in half precision",
+    )  # fmt: skip
+    max_concurrency: int = Field(256, ge=1, le=8192, description="most requests in flight, of each process")
+    wait_seconds: float = Field(600.0, ge=0.0, description="how long the first rollouts wait for the server to start")
+    timeout_seconds: float = Field(600.0, gt=0.0, description="longest wait for an answer, or for new weights")
+    max_attempts: int = Field(5, ge=1, le=100, description="times a request that fails is sent before training stops")
+    backoff_seconds: float = Field(0.5, gt=0.0, description="the first wait is up to so long; it doubles with each attempt")
+    max_backoff_seconds: float = Field(30.0, gt=0.0)
+
+
 class RolloutSpec(Spec):
     """How a student answers while it is trained. The defaults draw from its own distribution, nothing cut off."""
 
@@ -88,6 +116,27 @@ class RolloutSpec(Spec):
     top_p: float = Field(1.0, gt=0.0, le=1.0, description="and among the likeliest tokens that hold this mass")
     max_tokens: int = Field(128, ge=1, le=131_072, description="longest completion, its end token included")
     batch_tokens: int = Field(16_384, ge=256, description="most tokens of a generation batch, prompts and answers")
+    server: RolloutServerSpec | None = Field(
+        None, exclude_if=lambda value: value is None, description="draw there; null is the project's own engine, in place"
+    )
+    refresh_every: int | None = Field(
+        None, ge=1, exclude_if=lambda value: value is None,
+        description="with server: optimizer steps after which it gets the weights anew, 1 unless given",
+    )  # fmt: skip
+
+    @model_validator(mode="before")
+    @classmethod
+    def _served_weights_have_an_age(cls, data: Any) -> Any:
+        """Written out, so that versions know, without the address, that a server draws and how old its weights may be."""
+        if not isinstance(data, Mapping) or data.get("server") is None or data.get("refresh_every") is not None:
+            return data
+        return {**data, "refresh_every": 1}
+
+    @model_validator(mode="after")
+    def _own_weights_have_none(self) -> "RolloutSpec":
+        if self.server is None and self.refresh_every is not None:
+            raise ValueError(f"refresh_every {self.refresh_every} is for server; the project's own engine shares the weights")
+        return self
 
     @model_validator(mode="after")
     def _greedy_once(self) -> "RolloutSpec":
@@ -209,6 +258,11 @@ class TrainStageSpec(Spec):
             raise ValueError(f"policy_gradient estimates reverse_kl and nothing else; divergence is {self.divergence}")
         if self.lambda_ != 1.0:
             raise ValueError(f"policy_gradient needs tokens that the student drew: set lambda_: 1 (it is {self.lambda_})")
+        if (rollouts.refresh_every or 1) > 1:
+            raise ValueError(
+                f"policy_gradient needs tokens that the student drew as it is: set rollouts.refresh_every to 1 (it is "
+                f"{rollouts.refresh_every})"
+            )
         if rollouts.cuts or rollouts.temperature != self.kd_temperature:
             raise ValueError(
                 "policy_gradient needs tokens drawn from the distribution that it trains: leave out rollouts.top_k and "
@@ -318,6 +372,10 @@ class StudentSpec(Spec):
                     "for instance held_out: {fraction: 0.05, every: 50}"
                 )
         return self
+
+    def resumable_document(self) -> dict[str, Any]:
+        """The recipe without where servers are: a run may go on with another address."""
+        return self.model_dump(mode="json", exclude={"stages": {"__all__": {"rollouts": {"server"}}}})
 
     @property
     def method(self) -> str:

@@ -45,6 +45,7 @@ from distill_pipeline.training.measuring import mean_cross_entropy
 from distill_pipeline.training.parallel import ALONE, Processes, whole_tensor
 from distill_pipeline.training.reading import rows_for_target, weigh_tasks
 from distill_pipeline.training.rollouts import StudentSampler, length_limit, rollout_facts
+from distill_pipeline.training.served_rollouts import served_rollouts
 from distill_pipeline.training.spec import ALGORITHM, StudentSpec
 from distill_pipeline.training.student import InitialStudent, initial_student
 
@@ -115,7 +116,7 @@ def train_student(
     Raises:
         TrainingError: nothing to train on, an architecture this cannot train, a loss that is not a number, or a full disk.
         VocabularyMismatchError: a stage needs the teacher, and the models' token ids mean different things.
-        ConfigError: rollouts do not fit the models' contexts.
+        ConfigError: rollouts do not fit the models' contexts, or a server that is to draw them was not started for it.
         SignalMismatchError: teacher signals are missing, or belong to other tokens, settings or another teacher.
     """
     device = processes.device(resolve_device(device))
@@ -136,7 +137,7 @@ def train_student(
         counts |= {f"{task}_tokens": number for task, number in weigh_tasks(training, student.answer_weight).items()}
     text = _Text(renderer, owner, own_renderer, training, held_out, counts)
     run_key = version_of(
-        {"algorithm": ALGORITHM, "student": student.document(), "seed": seed,
+        {"algorithm": ALGORITHM, "student": student.resumable_document(), "seed": seed,
          "teacher": teacher.identity if teacher else None,
          "init_model": init_model.identity if init_model else None, "renderer": text.renderer.fingerprint,
          "data": examples.fingerprint(), "device": torch.device(device).type}
@@ -160,7 +161,7 @@ def train_student(
             mean_cross_entropy(pair.student, pair.student_head, _calibration(text, seed), pad_id=text.renderer.end_token_id), 6
         )
     models = [model for model in (pair.student, pair.teacher) if model is not None]
-    sampler, longest = _sampler(student, models, text, seed, dtype)
+    sampler, longest = _sampler(student, models, text, seed, dtype, processes, progress)
     layout, reason = choose_layout(models, longest)
     hash_before = parameters_sha256(pair.teacher) if pair.teacher is not None else None
     pair = pair.held_by(processes, device)
@@ -316,9 +317,13 @@ def _pair(
 
 
 def _sampler(
-    student: StudentSpec, models: Sequence[Any], text: _Text, seed: int, dtype: torch.dtype
-) -> tuple[StudentSampler | None, int]:
-    """Who answers in on_policy stages, and the most tokens that any sequence of the training has."""
+    student: StudentSpec, models: Sequence[Any], text: _Text, seed: int, dtype: torch.dtype, processes: Processes,
+    progress: Progress,
+) -> tuple[StudentSampler | None, int]:  # fmt: skip
+    """Who answers in on_policy stages, and the most tokens that any sequence of the training has.
+
+    Servers find the untrained student in their folders from here on: they may start while earlier stages train.
+    """
     longest = max([text.examples.longest(), *(len(e.prompt) + max(map(len, e.completions)) for e in text.held_out)])
     own = [stage for stage in student.stages if stage.method == "on_policy"]
     if not own:
@@ -326,7 +331,10 @@ def _sampler(
     longest_prompt = text.examples.longest_prompt()
     limit = length_limit(student.stages, models, max_length=student.max_length, longest_prompt=longest_prompt)
     rolled = min(limit, longest_prompt + max(stage.rollouts.max_tokens for stage in own))
-    sampler = StudentSampler(models[0], text.renderer, seed=seed, limit=limit, dtype=dtype)
+    served = served_rollouts(student.stages, text.renderer, limit=limit, dtype=dtype, progress=progress)
+    for one in served.values() if processes.is_first else ():
+        one.prepare(models[0])
+    sampler = StudentSampler(models[0], text.renderer, seed=seed, limit=limit, dtype=dtype, served=served)
     return sampler, max(longest, rolled)
 
 

@@ -139,6 +139,18 @@ def test_who_works_changes_no_version() -> None:
         assert versions(document | {"compute": compute}) == versions(document)
 
 
+def test_the_address_of_a_rollout_server_moves_no_version_and_that_there_is_one_moves_the_students() -> None:
+    def version(**rollouts: Any) -> str:
+        document = yaml.safe_load(QUICKSTART.with_name("methods.yaml").read_text())
+        document["students"]["on_policy"]["stages"][0]["rollouts"] |= rollouts
+        return versions(document)["student_checkpoint/on_policy"]
+
+    servers = [{"base_url": f"http://{host}:8000/v1", "folder": "/dev/shm/student"} for host in ("a", "b")]
+    here, there = (version(server=server) for server in servers)
+    assert here == there == version(server=servers[0] | {"api_key_env": "KEY", "seeds": False})
+    assert len({here, version(), version(server=servers[0], refresh_every=4)}) == 3
+
+
 def test_other_evaluation_tasks_move_the_pool_because_it_is_cleaned_against_them() -> None:
     moved = changed(["evaluation", "tasks"], ["elementary_heldout", "arc_easy"])
     assert {"prompt_pool", "filtered_set/smollm2/verified", "eval_report/kl"} <= moved

@@ -63,7 +63,7 @@ class ServerEngine:
         first = next((window for window in waiting if window), None)
         if first is None:
             return
-        http, key = http_client(), key_of(self._name, self._model.server.api_key_env)
+        http, key = http_client(), key_of(f"teacher {self._name}", self._model.server.api_key_env)
         earlier, traffic = (
             self._traffic,
             Traffic(

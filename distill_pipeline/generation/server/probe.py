@@ -10,24 +10,23 @@ from distill_pipeline.generation.server.replies import brief, error_text
 NAMED_MODELS = 10
 
 
-def http_client() -> Any:
-    """The module of the HTTP client. Raises MissingExtraError."""
+def http_client(what: str = "engine openai") -> Any:
+    """The module of the HTTP client, which ``what`` needs. Raises MissingExtraError."""
     try:
         import httpx2
     except ImportError as err:
-        raise MissingExtraError.of("engine openai", "httpx2", "server") from err
+        raise MissingExtraError.of(what, "httpx2", "server") from err
     return httpx2
 
 
-def key_of(name: str, api_key_env: str | None) -> str | None:
+def key_of(whose: str, api_key_env: str | None) -> str | None:
     """The key that the environment holds. Raises ConfigError where the variable that should is not set."""
     if api_key_env is None:
         return None
     key = os.environ.get(api_key_env, "").strip()
     if not key:
         raise ConfigError(
-            f"teacher {name}: the environment variable {api_key_env}, which server.api_key_env names, is not set. Set it to "
-            "the key."
+            f"{whose}: the environment variable {api_key_env}, which server.api_key_env names, is not set. Set it to the key."
         )
     return key
 

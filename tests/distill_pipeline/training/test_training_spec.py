@@ -100,3 +100,55 @@ def test_stages_that_do_not_fit_their_student_are_refused(stages: list[dict[str,
 def test_a_stages_load_counts_its_steps_its_budget_and_its_rollouts(fields: dict[str, Any], expected: StageLoad) -> None:
     rollouts = {"rollouts": {"max_tokens": 25}} if fields["method"] == "on_policy" else {}
     assert stage_load(stage(**fields | rollouts), 104 if fields.get("batch_prompts") == 8 else 100, 2, 10.0) == expected
+
+
+# --- rollouts at a server ---------------------------------------------------------------------------------------------
+
+SERVER = {"base_url": "http://127.0.0.1:8000/v1", "folder": "/dev/shm/student"}
+
+
+def served(**rollouts: Any) -> StudentSpec:
+    return StudentSpec.model_validate(
+        {"data": ["big/all"], "init": {"model": "s"}, "stages": [{"method": "on_policy", "rollouts": rollouts}]}
+    )
+
+
+def test_rollouts_without_a_server_are_written_out_as_before_there_were_servers() -> None:
+    document = served().document()["stages"][0]["rollouts"]
+    assert document.keys() == {"samples", "temperature", "top_k", "top_p", "max_tokens", "batch_tokens"}
+    assert served().resumable_document() == served().document()
+
+
+def test_a_server_says_how_old_its_weights_may_be_and_a_run_goes_on_at_another_address() -> None:
+    here, there = served(server=SERVER), served(server=SERVER | {"base_url": "http://gpu7:9000/v1", "api_key_env": "KEY"})
+    assert here.stages[0].rollouts.refresh_every == 1
+    assert StudentSpec.model_validate(here.document()) == here
+    assert served(server=SERVER, refresh_every=None) == here
+    assert here.resumable_document() == there.resumable_document()
+    assert "gpu7" not in str(there.resumable_document())
+    known = [one.resumable_document() for one in (here, served(server=SERVER, refresh_every=4), served())]
+    assert all(known[i] != known[j] for i in range(3) for j in range(i))
+
+
+@pytest.mark.parametrize(
+    ("rollouts", "fault"),
+    [
+        ({"refresh_every": 2}, "refresh_every 2 is for server; the project's own engine shares the weights"),
+        ({"server": SERVER, "refresh_every": 0}, "greater than or equal to 1"),
+        ({"server": {"base_url": SERVER["base_url"]}}, r"server\.folder\s+Field required"),
+        ({"server": SERVER | {"folder": "student"}}, r"should match pattern '\^/\.\+'"),
+        ({"server": SERVER | {"base_url": "http://127.0.0.1:8000"}}, "should match pattern"),
+        ({"server": SERVER | {"base_url": "http://me:secret@host/v1"}}, "should match pattern"),
+        ({"server": SERVER | {"model": "m"}}, "Extra inputs are not permitted"),
+    ],
+)
+def test_faults_of_a_rollout_server_are_reported(rollouts: dict[str, Any], fault: str) -> None:
+    with pytest.raises(ValidationError, match=fault):
+        served(**rollouts)
+
+
+def test_policy_gradient_wants_the_student_as_it_is() -> None:
+    rollouts = {"server": SERVER, "refresh_every": 2}
+    with pytest.raises(ValidationError, match=r"set rollouts\.refresh_every to 1 \(it is 2\)"):
+        stage(**POLICY_GRADIENT, rollouts=rollouts)
+    assert stage(**POLICY_GRADIENT, rollouts={"server": SERVER}).objective == "policy_gradient"
