@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from distill_pipeline.errors import ConfigError, MissingExtraError
-from distill_pipeline.training.spec import LoraSpec
+from distill_pipeline.learning import LoraSpec
 
 
 @dataclass(frozen=True)
