@@ -33,6 +33,10 @@ class Claim:
 
 CONSERVED: Mapping[Stage, tuple[str, tuple[str, ...]]] = {
     "prompt_pool": ("seen", ("kept", "malformed", "duplicate", "near_duplicate", "contaminated")),
+    "corrected_teacher": (
+        "prompts",
+        ("used", "too_long", "no_tokens", "held_out", "other_domain", "without_reference"),
+    ),
     "teacher_outputs": ("expected", ("stopped", "truncated", "failed", "pending")),
     "scored_outputs": ("completions", ("scored", "unknown", "unscored", "failed")),
     "filtered_set": ("completions", ("accepted", "rejected", "failed")),
@@ -117,6 +121,7 @@ _LICENCE = Claim("licence_is_recorded", "The teacher's terms, or the reason to g
 
 CLAIMS: Mapping[Stage, tuple[Claim, ...]] = {
     "prompt_pool": (_CONSERVED, _GATE),
+    "corrected_teacher": (_CONSERVED, _GATE, _LICENCE),
     "teacher_outputs": (_CONSERVED, _GATE, _LICENCE),
     "scored_outputs": (_CONSERVED,),
     "filtered_set": (_CONSERVED, Claim("accepted_rows_exist", "There is something to train on.", _accepted_rows_exist)),

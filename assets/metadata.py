@@ -110,7 +110,7 @@ def teacher_signals_metadata(artifact: "Artifact") -> Metadata:
     return {**numbers, **facts_metadata(artifact)}
 
 
-def student_checkpoint_metadata(artifact: "Artifact") -> Metadata:
+def trained_model_metadata(artifact: "Artifact") -> Metadata:
     """First weights, size, speed, and the training curve as a picture."""
     from distill_pipeline.report.charts import loss_curve_png
 

@@ -16,13 +16,15 @@ from distill_pipeline.nodes import Node, Stage
 OWNERS = ["team:distillation"]
 
 GROUPS: Mapping[Stage, str] = {
-    "prompt_pool": "prompts", "teacher_outputs": "teachers", "scored_outputs": "data", "filtered_set": "data",
-    "teacher_signals": "data", "student_checkpoint": "students", "eval_report": "evaluation", "comparison": "evaluation",
+    "prompt_pool": "prompts", "corrected_teacher": "teachers", "teacher_outputs": "teachers", "scored_outputs": "data",
+    "filtered_set": "data", "teacher_signals": "data", "student_checkpoint": "students", "eval_report": "evaluation",
+    "comparison": "evaluation",
 }  # fmt: skip
 
 KINDS: Mapping[Stage, set[str]] = {
-    "prompt_pool": {"parquet"}, "teacher_outputs": {"parquet", "huggingface"}, "scored_outputs": {"parquet"},
-    "filtered_set": {"parquet"}, "teacher_signals": {"parquet", "huggingface"},
+    "prompt_pool": {"parquet"}, "corrected_teacher": {"pytorch", "huggingface"},
+    "teacher_outputs": {"parquet", "huggingface"}, "scored_outputs": {"parquet"}, "filtered_set": {"parquet"},
+    "teacher_signals": {"parquet", "huggingface"},
     "student_checkpoint": {"pytorch", "huggingface"}, "eval_report": {"pytorch", "json"}, "comparison": {"json"},
 }  # fmt: skip
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 import dagster as dg
 
 from assets.comparison import comparison_asset
+from assets.corrected_teacher import corrected_teacher_asset
 from assets.eval_report import eval_report_asset
 from assets.filtered_set import filtered_set_asset
 from assets.prompt_pool import prompt_pool_asset
@@ -17,6 +18,7 @@ from distill_pipeline.nodes import Node, Stage
 
 FACTORIES: Mapping[Stage, Callable[[Experiment, Node], dg.AssetsDefinition]] = {
     "prompt_pool": prompt_pool_asset,
+    "corrected_teacher": corrected_teacher_asset,
     "teacher_outputs": teacher_outputs_asset,
     "scored_outputs": scored_outputs_asset,
     "filtered_set": filtered_set_asset,

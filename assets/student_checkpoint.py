@@ -4,7 +4,7 @@ import dagster as dg
 
 from assets.checks import check_specs
 from assets.making import RunOptions, make_artifact, materialized
-from assets.metadata import student_checkpoint_metadata
+from assets.metadata import trained_model_metadata
 from assets.naming import MODEL_STEP, MODEL_STEP_TAG, asset_options
 from distill_pipeline.experiment import Experiment
 from distill_pipeline.nodes import Node
@@ -30,6 +30,6 @@ def student_checkpoint_asset(experiment: Experiment, node: Node) -> dg.AssetsDef
             context, experiment, node, config, artifact_store, hub, student_device=student_gpu.device_name(),
             launch=student_gpu.launch(),
         )  # fmt: skip
-        return materialized(node, artifact, student_checkpoint_metadata(artifact))
+        return materialized(node, artifact, trained_model_metadata(artifact))
 
     return student_checkpoint

@@ -38,6 +38,7 @@ def main() -> None:
     The order of an experiment's stages:
       distill plan     experiments/quickstart.yaml                     what it will cost, before it does
       distill prompts  experiments/quickstart.yaml                     sources -> prompt pool
+      distill correct  my.yaml                     smollm2             teacher + references -> corrected teacher, where wanted
       distill generate experiments/quickstart.yaml smollm2             pool -> teacher outputs
       distill score    experiments/quickstart.yaml smollm2             -> scored outputs
       distill filter   experiments/quickstart.yaml smollm2/verified    -> filtered set
@@ -78,6 +79,20 @@ def _stage_options(command: F) -> F:
     return _shared_options(force(command))
 
 
+def _process_options(command: F) -> F:
+    """The options of what trains a model."""
+    options = [
+        click.option("--processes", type=click.IntRange(1), default=1, show_default=True, envvar="DISTILL_TRAIN_PROCESSES",
+                     show_envvar=True,
+                     help="train in so many processes of this machine, one a GPU: torchrun starts them"),
+        click.option("--shard", is_flag=True, envvar="DISTILL_TRAIN_SHARD", show_envvar=True,
+                     help="give each process a part of the models' weights (FSDP2), not a copy (DDP)"),
+    ]  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 def _make(node: str, *, experiment: str, root: str, **options: Any) -> Any:
     """Make one node and say where it is."""
     from distill_pipeline.pipeline import open_pipeline
@@ -100,6 +115,15 @@ def _show(artifact: Any) -> None:
 def prompts(**options: Any) -> None:
     """Build the prompt pool: read the sources, drop duplicates and what resembles the evaluation, split."""
     _make("prompt_pool", **options)
+
+
+@main.command()
+@_stage_options
+@click.argument("teacher")
+@_process_options
+def correct(teacher: str, **options: Any) -> None:
+    """Train TEACHER on its prompts' references before it answers; after a crash it goes on from its last checkpoint."""
+    _train(f"corrected_teacher/{teacher}", **options)
 
 
 @main.command()
@@ -137,22 +161,22 @@ def signals(teacher_filter: str, **options: Any) -> None:
 @main.command()
 @_stage_options
 @click.argument("student")
-@click.option("--processes", type=click.IntRange(1), default=1, show_default=True,
-              envvar="DISTILL_TRAIN_PROCESSES", show_envvar=True,
-              help="train in so many processes of this machine, one a GPU: torchrun starts them")  # fmt: skip
-@click.option("--shard", is_flag=True, envvar="DISTILL_TRAIN_SHARD", show_envvar=True,
-              help="give each process a part of both models' weights (FSDP2), not a copy (DDP)")  # fmt: skip
-def train(student: str, processes: int, shard: bool, **options: Any) -> None:
+@_process_options
+def train(student: str, **options: Any) -> None:
     """Train STUDENT; after a crash it goes on from its last checkpoint.
 
     \b
     On several machines, start it under torchrun yourself, with --shard where wanted; all need the same store:
       torchrun --nnodes 2 --nproc-per-node 8 ... -m distill_pipeline.cli train EXPERIMENT STUDENT
     """
+    _train(f"student_checkpoint/{student}", **options)
+
+
+def _train(name: str, *, processes: int, shard: bool, **options: Any) -> None:
+    """Make a node that trains a model: here, in processes that are started, or as one of those that torchrun started."""
     from distill_pipeline.joining import is_started_by_torchrun, train_together
     from distill_pipeline.pipeline import open_pipeline
 
-    name = f"student_checkpoint/{student}"
     if is_launched():
         end_with_the_launcher()
     if is_started_by_torchrun():
@@ -194,7 +218,8 @@ def plan(no_probe: bool, dry_run_served: bool, **options: Any) -> None:
     """Say what EXPERIMENT will need before it runs: rows, tokens, bytes, time on this machine, dollars, and what it will yield.
 
     A dry run sends 20 evenly spaced prompts through each teacher, the scorers and the filters, and takes one training step of
-    each student. Teachers here store nothing on the way; those behind a server are asked with --dry-run-served only.
+    each correction and student. Teachers here store nothing on the way; those behind a server are asked with
+    --dry-run-served only.
     """
     from distill_pipeline.pipeline import open_pipeline
     from distill_pipeline.plan_lines import plan_text

@@ -72,6 +72,11 @@ class Experiment(Spec):
                 found[reference] = (kinds | set(recipe.signal_kinds()), max(longest, recipe.max_length))
         return {name: (tuple(sorted(kinds, reverse=True)), longest) for name, (kinds, longest) in found.items()}
 
+    def corrects(self, name: str) -> bool:
+        """Whether a name is that of a teacher which is corrected before it answers."""
+        teacher = self.teachers.get(name)
+        return teacher is not None and teacher.correction is not None
+
     def teachers_of(self, student: str) -> tuple[str, ...]:
         """The teachers of a student's data, each once."""
         return tuple(dict.fromkeys(reference.split("/")[0] for reference in self.students[student].data))
@@ -242,6 +247,7 @@ def _cross_faults(document: Mapping[str, Any]) -> Iterator[str]:
             kind = _mapping(part).get("kind")
             if isinstance(kind, str) and (fault := scorer_fault(kind, _mapping(_mapping(part).get("options")))):
                 yield f"scorers.{domain}.{index}.kind: {fault}"
+    yield from _corrected_scorer_faults(document)
     yield from _api_faults(document)
     yield from _signal_faults(document)
     yield from _online_faults(document)
@@ -258,6 +264,20 @@ def _cross_faults(document: Mapping[str, Any]) -> Iterator[str]:
             yield f"teachers.{teacher}.sampling: temperature 0 is greedy, {n} samples would be equal; set n: 1"
         if _mapping(_mapping(part).get("budget")).get("accept_target"):
             yield from _target_faults(f"teachers.{teacher}.budget.accept_target", _mapping(part), document)
+
+
+def _corrected_scorer_faults(document: Mapping[str, Any]) -> Iterator[str]:
+    """Scorers that ask a corrected teacher at a revision: the corrected weights are there once."""
+    teachers = _mapping(document.get("teachers"))
+    for domain, listed in _mapping(document.get("scorers")).items():
+        for index, part in enumerate(listed if isinstance(listed, list) else []):
+            options = _mapping(_mapping(part).get("options"))
+            name = str(options.get("model"))
+            if options.get("revision") and _mapping(teachers.get(name)).get("correction") is not None:
+                yield (
+                    f"scorers.{domain}.{index}.options.revision: teacher {name} is corrected, and its corrected weights have "
+                    "no revisions; leave it out, or give the model in the place of the teacher's name"
+                )
 
 
 def _target_faults(where: str, teacher: Mapping[str, Any], document: Mapping[str, Any]) -> Iterator[str]:
@@ -323,7 +343,7 @@ def _online_faults(document: Mapping[str, Any]) -> Iterator[str]:
         references, stages = _mapping(part).get("data"), _mapping(part).get("stages")
         wanted = dict.fromkeys(str(name).split("/")[0] for name in (references if isinstance(references, list) else []))
         names = [name for name in wanted if name in teachers]
-        models = {repr(_model_of(_mapping(teachers[name]))) for name in names}
+        models = {repr(_model_of(name, _mapping(teachers[name]))) for name in names}
         for index, stage in enumerate(stages if isinstance(stages, list) and len(models) > 1 else []):
             method, signal = _mapping(stage).get("method"), _mapping(stage).get("signal", "online")
             if method == "on_policy" or (method == "logit_kd" and signal == "online"):
@@ -334,9 +354,10 @@ def _online_faults(document: Mapping[str, Any]) -> Iterator[str]:
                 )
 
 
-def _model_of(teacher: Mapping[str, Any]) -> tuple[Any, Any]:
-    """What tells a teacher's weights from another's."""
-    return teacher.get("weights") or teacher.get("model"), teacher.get("revision")
+def _model_of(name: str, teacher: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What tells a teacher's weights from another's; each correction makes weights of its own."""
+    own = name if teacher.get("correction") is not None else None
+    return teacher.get("weights") or teacher.get("model"), teacher.get("revision"), own
 
 
 def _task_faults(experiment: Experiment) -> Iterator[str]:

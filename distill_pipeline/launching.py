@@ -1,4 +1,4 @@
-"""Training in processes of their own: ``distill train`` started as one, or as several under torchrun.
+"""Training in processes of their own: ``distill train`` or ``distill correct`` started as one, or as several under torchrun.
 
 The child makes the artifact as it would from a shell; here its news are passed on line by line, its error is raised again,
 and it ends with this process: when its standard input closes, however that happens.
@@ -44,9 +44,10 @@ class Launch:
 
 
 def train_apart(
-    launch: Launch, experiment: Experiment, student: str, *, root: str, device: str, force: bool, progress: Progress
-) -> None:
-    """Train a student in processes of their own, and wait for them.
+    launch: Launch, experiment: Experiment, target: str, *, root: str, device: str, force: bool, progress: Progress,
+    command: str = "train",
+) -> None:  # fmt: skip
+    """Train a student, or whatever another ``distill`` command trains, in processes of their own, and wait for them.
 
     Raises:
         ConfigError: the experiment was not read from a file.
@@ -55,14 +56,14 @@ def train_apart(
     """
     if experiment.file is None:
         raise ConfigError(f"{experiment.name} was given as data; processes of their own can only read it from a file.")
-    words = ["-m", "distill_pipeline.cli", "train", str(experiment.file), student, "--root", root, "--student-device", device]
+    words = ["-m", "distill_pipeline.cli", command, str(experiment.file), target, "--root", root, "--student-device", device]
     words += ["--force"] if force else []
     words += ["--shard"] if launch.shard else []
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={launch.processes}"]
     with tempfile.TemporaryDirectory() as folder:
         error_file = Path(folder, "error.json")
-        command = [sys.executable, *(torchrun if launch.processes > 1 else []), *words]
-        with _Child(command, _environment(launch, error_file)) as child:
+        program = [sys.executable, *(torchrun if launch.processes > 1 else []), *words]
+        with _Child(program, _environment(launch, error_file)) as child:
             for line in child.lines():
                 progress(line)
         if child.code != 0:

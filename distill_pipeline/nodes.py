@@ -5,7 +5,7 @@ node's code version is the hash of its own part of the experiment and of its sta
 changes that filter's sets and leaves the teacher's outputs alone.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,17 +17,19 @@ from distill_pipeline.generation.spec import TeacherSpec
 from distill_pipeline.hashing import version_of
 from distill_pipeline.prompts import spec as prompts_spec
 from distill_pipeline.scoring import spec as scoring_spec
+from distill_pipeline.scoring.registry import scorer_models
 from distill_pipeline.signals import spec as signals_spec
 from distill_pipeline.training import spec as training_spec
 
 Stage = Literal[
-    "prompt_pool", "teacher_outputs", "scored_outputs", "filtered_set", "teacher_signals", "student_checkpoint", "eval_report",
-    "comparison",
+    "prompt_pool", "corrected_teacher", "teacher_outputs", "scored_outputs", "filtered_set", "teacher_signals",
+    "student_checkpoint", "eval_report", "comparison",
 ]  # fmt: skip
 
 STAGE_COMMANDS: Mapping[Stage, str] = {
-    "prompt_pool": "prompts", "teacher_outputs": "generate", "scored_outputs": "score", "filtered_set": "filter",
-    "teacher_signals": "signals", "student_checkpoint": "train", "eval_report": "evaluate", "comparison": "compare",
+    "prompt_pool": "prompts", "corrected_teacher": "correct", "teacher_outputs": "generate", "scored_outputs": "score",
+    "filtered_set": "filter", "teacher_signals": "signals", "student_checkpoint": "train", "eval_report": "evaluate",
+    "comparison": "compare",
 }  # fmt: skip
 """The ``distill`` subcommand that makes each stage's artifacts."""
 
@@ -52,10 +54,14 @@ class Node:
     method: str | None = None
 
     @property
+    def target(self) -> str:
+        """What it is called beside its stage; empty for the only one of its stage."""
+        return self.name.partition("/")[2]
+
+    @property
     def command(self) -> str:
         """The arguments of ``distill`` after which this artifact exists, without the experiment file's path."""
-        target = self.name.split("/", 1)[1] if "/" in self.name else ""
-        return f"distill {STAGE_COMMANDS[self.stage]} EXPERIMENT {target}".rstrip()
+        return f"distill {STAGE_COMMANDS[self.stage]} EXPERIMENT {self.target}".rstrip()
 
 
 def experiment_nodes(experiment: Experiment) -> dict[str, Node]:
@@ -71,19 +77,27 @@ def experiment_nodes(experiment: Experiment) -> dict[str, Node]:
     pool = {"prompt_pool": experiment.prompt_pool.document(), "evaluation": protected}
     add("prompt_pool", "prompt_pool", prompts_spec.ALGORITHM, pool, ())
     for teacher, part in experiment.teachers.items():
+        if part.correction is not None:
+            spec = {"teacher": _teacher_model(part), "domains": list(part.domains), "seed": experiment.seed}
+            add(corrected_name(teacher), "corrected_teacher", training_spec.CORRECTION_ALGORITHM, spec, ("prompt_pool",),
+                teacher=teacher)  # fmt: skip
+    asked = _corrected(experiment, (name for name, _ in scorer_models(experiment.scorers)))
+    for teacher, part in experiment.teachers.items():
+        own = _corrected(experiment, [teacher])
         outputs, scored = f"teacher_outputs/{teacher}", f"scored_outputs/{teacher}"
         answering = {key: value for key, value in part.document().items() if key != "weights"}
         scorers = {domain: [scorer.document() for scorer in listed] for domain, listed in experiment.scorers.items()}
         spec = {"teacher": answering, "seed": experiment.seed}
         if part.accept_target is not None:  # A budget decides nothing, but this part of it says which rows there are.
             spec |= {"accept_target": part.accept_target.document(), "scorers": scorers}
-        add(outputs, "teacher_outputs", generation_spec.ALGORITHM, spec, ("prompt_pool",), teacher=teacher)
+            own = _once(*own, *asked)
+        add(outputs, "teacher_outputs", generation_spec.ALGORITHM, spec, ("prompt_pool", *own), teacher=teacher)
         spec = {"scorers": scorers}
-        add(scored, "scored_outputs", scoring_spec.ALGORITHM, spec, ("prompt_pool", outputs), teacher=teacher)
+        add(scored, "scored_outputs", scoring_spec.ALGORITHM, spec, ("prompt_pool", outputs, *asked), teacher=teacher)
         for name, rule in experiment.filters.items():
             spec = {"filter": rule.expanded(), "evaluation": protected if rule.drops("contaminated") else None}
-            inputs = ("prompt_pool", outputs, scored)
-            add(f"filtered_set/{teacher}/{name}", "filtered_set", filtering_spec.ALGORITHM, spec, inputs,
+            judged = ("prompt_pool", outputs, scored)
+            add(f"filtered_set/{teacher}/{name}", "filtered_set", filtering_spec.ALGORITHM, spec, judged,
                 teacher=teacher, filter=name)  # fmt: skip
     for name, (kinds, max_length) in experiment.wanted_signals().items():
         teacher, rule_name = name.split("/")
@@ -91,7 +105,8 @@ def experiment_nodes(experiment: Experiment) -> dict[str, Node]:
             "signals": experiment.signals.captured(kinds), "max_length": max_length,
             "teacher": _teacher_model(experiment.teachers[teacher]), "seed": experiment.seed if "sampled" in kinds else None,
         }  # fmt: skip
-        add(f"teacher_signals/{name}", "teacher_signals", signals_spec.ALGORITHM, spec, (f"filtered_set/{name}",),
+        inputs = (f"filtered_set/{name}", *_corrected(experiment, [teacher]))
+        add(f"teacher_signals/{name}", "teacher_signals", signals_spec.ALGORITHM, spec, inputs,
             teacher=teacher, filter=rule_name)  # fmt: skip
     for student, recipe in experiment.students.items():
         teacher = experiment.teacher_of(student)
@@ -106,19 +121,34 @@ def experiment_nodes(experiment: Experiment) -> dict[str, Node]:
         spec = {"student": recipe.document(), "teacher": model, "seed": experiment.seed}
         sets = tuple(f"filtered_set/{ref}" for ref in recipe.data)
         if recipe.signal_kinds():
-            sets += tuple(dict.fromkeys(f"teacher_signals/{ref}" for ref in recipe.data))
+            sets += _once(*(f"teacher_signals/{ref}" for ref in recipe.data))
+        own = _corrected(experiment, [teacher])
         checkpoint, report = f"student_checkpoint/{student}", f"eval_report/{student}"
-        add(checkpoint, "student_checkpoint", training_spec.ALGORITHM, spec, sets, **who)
+        add(checkpoint, "student_checkpoint", training_spec.ALGORITHM, spec, (*sets, *own), **who)
         spec = {"evaluation": evaluation, "teacher": model, "seed": experiment.seed}
         prompts = experiment.prompts_of(student)
         if prompts != frozen.system_prompts:
             spec["student_systems"] = {"system": prompts.default, "systems": dict(prompts.by_domain)}
         others = [f"student_checkpoint/{name}" for name in experiment.evaluation.baselines if name in experiment.students]
-        needed = tuple(dict.fromkeys(["prompt_pool", checkpoint, *others]))
+        needed = _once("prompt_pool", checkpoint, *others, *own)
         add(report, "eval_report", evaluation_spec.ALGORITHM, spec, needed, **who)
     reports = tuple(name for name, node in nodes.items() if node.stage == "eval_report")
     add("comparison", "comparison", evaluation_spec.ALGORITHM, {"students": sorted(experiment.students)}, reports)
     return nodes
+
+
+def corrected_name(teacher: str) -> str:
+    """The artifact of a teacher's corrected weights."""
+    return f"corrected_teacher/{teacher}"
+
+
+def _corrected(experiment: Experiment, names: Iterable[str]) -> tuple[str, ...]:
+    """The corrected weights of those names that are teachers to be corrected."""
+    return _once(*(corrected_name(name) for name in names if experiment.corrects(name)))
+
+
+def _once(*names: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(names))
 
 
 def _teacher_model(teacher: TeacherSpec) -> dict[str, Any]:
@@ -126,6 +156,7 @@ def _teacher_model(teacher: TeacherSpec) -> dict[str, Any]:
     prompts = teacher.system_prompts
     model: dict[str, Any] = {"model": teacher.model, "revision": teacher.revision, "system": prompts.default}
     model |= {"systems": dict(prompts.by_domain)} if prompts.by_domain else {}
+    model |= {"correction": teacher.correction.document()} if teacher.correction is not None else {}
     model |= {"extra_body": teacher.extra_body} if teacher.extra_body and not teacher.weights else {}
     return model | ({"weights": teacher.weights} if teacher.weights else {})
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from distill_pipeline.errors import ConfigError, EmptyResultError
 from distill_pipeline.experiment import Experiment, load_experiment
 from distill_pipeline.launching import Launch, train_apart
-from distill_pipeline.nodes import Node, experiment_nodes
+from distill_pipeline.nodes import STAGE_COMMANDS, Node, Stage, experiment_nodes
 from distill_pipeline.outcome import Progress
 from distill_pipeline.runners import EXTERNAL_INPUTS, RUNNERS, UNHASHED_FILES, told_anew
 from distill_pipeline.storage.artifacts import Artifact, ArtifactStore, Making
@@ -24,6 +24,9 @@ from distill_pipeline.work import Work
 
 if TYPE_CHECKING:
     from distill_pipeline.training.parallel import Processes
+
+TRAINED: frozenset[Stage] = frozenset({"corrected_teacher", "student_checkpoint"})
+"""Stages that train a model, which processes of their own can do."""
 
 RECORDED_PACKAGES = ("distill-pipeline", "torch", "transformers", "tokenizers", "pyarrow", "numpy", "lm-eval")
 
@@ -36,7 +39,7 @@ class Pipeline:
         teacher_device, student_device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         progress: takes one line of news at a time.
         force: do the work even where a stored manifest matches.
-        launch: start processes of their own that train students; None trains them here.
+        launch: start processes of their own that train models; None trains them here.
         processes: those that train here together; None where this one is alone.
     """
 
@@ -85,7 +88,7 @@ class Pipeline:
         return artifact
 
     def train_along(self, name: str) -> None:
-        """Train a student as one of several processes of which another makes the artifact; stores nothing.
+        """Train a model as one of several processes of which another makes the artifact; stores nothing.
 
         Raises:
             What the first process raises in :meth:`make`.
@@ -113,15 +116,14 @@ class Pipeline:
         )  # fmt: skip
 
     def _trains_apart(self, node: Node) -> bool:
-        return self.launch is not None and node.stage == "student_checkpoint"
+        return self.launch is not None and node.stage in TRAINED
 
     def _apart(self, work: Work, making: Making) -> Artifact:
-        """Have processes of their own make a student, and find it in the store."""
+        """Have processes of their own train a node's model, and find it in the store."""
         assert self.launch is not None
-        assert work.node.student is not None
         train_apart(
-            self.launch, self.experiment, work.node.student, root=self.store.address, device=self.student_device,
-            force=self.force, progress=self.progress,
+            self.launch, self.experiment, work.node.target, command=STAGE_COMMANDS[work.node.stage], root=self.store.address,
+            device=self.student_device, force=self.force, progress=self.progress,
         )  # fmt: skip
         made = self.store.find(work.node.name, making.input_key)
         if made is None:

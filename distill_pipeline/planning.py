@@ -2,12 +2,13 @@
 
 Rows are counted, not guessed: the pool is built in a draft where it is not stored yet, and the generation store is asked
 what it holds. Speeds, lengths, costs and yields come from a dry run of a few prompts (:mod:`distill_pipeline.dry_run`) and from
-one training step of each student. What nobody measured is taken at its upper bound, and said.
+one training step of each correction and student. What nobody measured is taken at its upper bound, and said.
 """
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distill_pipeline.dry_run import TeacherProbe
-from distill_pipeline.nodes import Node
+from distill_pipeline.nodes import Node, corrected_name
 from distill_pipeline.outcome import silent
 from distill_pipeline.pipeline import Pipeline
 from distill_pipeline.plan_lines import PlanLine
-from distill_pipeline.records import TRAINING_SCHEMA
+from distill_pipeline.records import PROMPT_SCHEMA, TRAINING_SCHEMA
 from distill_pipeline.runners import RUNNERS
 from distill_pipeline.teacher_plan import most_a_prompt, plan_teacher
 from distill_pipeline.training.position import stage_load
@@ -47,16 +48,21 @@ def plan_experiment(pipeline: Pipeline, *, probe: bool = True, dry_run_served: b
             downloaded.
         dry_run_served: ask served models too, which costs money, within their budgets; their answers are stored.
     """
-    with _pool(pipeline) as (counts, batches):
+    with _pool(pipeline) as (counts, batches, pool_version):
         prompts = [row for batch in batches for row in batch.to_pylist() if row["split"] == "train"]
     lines = [
         PlanLine("prompt_pool", counts["kept"], 0, 0, None, f"{counts['train']:,} to train on, {counts['heldout']:,} held out")
     ]
+    asked_for, (pipeline, waiting) = pipeline, _as_corrected(pipeline, pool_version)
+    lines += [_plan_correction(asked_for, name, prompts, waits=name in waiting, probe=probe)
+              for name in asked_for.experiment.teachers if asked_for.experiment.corrects(name)]  # fmt: skip
     probes: dict[str, TeacherProbe] = {}
     for teacher in pipeline.experiment.teachers:
         work = _work(pipeline, pipeline.node(f"teacher_outputs/{teacher}"))
         mine = [row for row in prompts if pipeline.experiment.teachers[teacher].answers(row["domain"])]
-        planned, found = plan_teacher(work, mine, probe=probe, dry_run_served=dry_run_served)
+        planned, found = plan_teacher(
+            work, mine, probe=probe, dry_run_served=dry_run_served, waits_for_correction=teacher in waiting
+        )
         lines += planned
         if found is not None:
             probes[teacher] = found
@@ -76,24 +82,77 @@ def plan_experiment(pipeline: Pipeline, *, probe: bool = True, dry_run_served: b
 
 
 def _work(pipeline: Pipeline, node: Node) -> Work:
+    corrected = [name for name in node.inputs if pipeline.node(name).stage == "corrected_teacher"]
     return Work(
-        pipeline.experiment, pipeline.store, node, {}, pipeline.teacher_device, pipeline.student_device, pipeline.progress
-    )
+        pipeline.experiment, pipeline.store, node, {name: pipeline.input_of(name) for name in corrected},
+        pipeline.teacher_device, pipeline.student_device, pipeline.progress,
+    )  # fmt: skip
+
+
+def _as_corrected(pipeline: Pipeline, pool_version: str | None) -> tuple[Pipeline, set[str]]:
+    """The pipeline with every teacher as it is whose correction was not made on this pool yet, and the names of these."""
+    experiment = pipeline.experiment
+    waiting = {name for name in experiment.teachers if experiment.corrects(name) and not _is_made(pipeline, name, pool_version)}
+    teachers = {
+        name: part.model_copy(update={"correction": None}) if name in waiting else part
+        for name, part in experiment.teachers.items()
+    }
+    return replace(pipeline, experiment=experiment.model_copy(update={"teachers": teachers})), waiting
+
+
+def _is_made(pipeline: Pipeline, teacher: str, pool_version: str | None) -> bool:
+    """Whether the latest corrected weights of a teacher are those that the experiment asks for."""
+    node = pipeline.node(corrected_name(teacher))
+    found = pipeline.store.latest(node.name)
+    ways = [] if found is None else [found.manifest.made, *found.manifest.also_made]
+    return any((way.code_version, way.inputs["prompt_pool"]) == (node.code_version, pool_version) for way in ways)
+
+
+def _plan_correction(pipeline: Pipeline, name: str, prompts: Sequence[dict[str, Any]], *, waits: bool, probe: bool) -> PlanLine:
+    """References a teacher learns, and the time from one measured step."""
+    from distill_pipeline.training.correction import correct_teacher, recipe_of
+
+    node, teacher = pipeline.node(corrected_name(name)), pipeline.experiment.teachers[name]
+    if not waits:
+        return PlanLine(node.name, 0, 0, 0, None, "stored")
+    assert teacher.correction is not None
+    mine = [row for row in prompts if teacher.answers(row["domain"]) and (row["reference"] or "").strip()]
+    note = f"{len(mine):,} of {len(prompts):,} training prompts have a reference that it learns"
+    stage = recipe_of(name, teacher.correction, teacher.model).stages[0]
+    if not mine or not probe:
+        load = stage_load(stage, len(mine), 1.0, None)
+        return PlanLine(node.name, load.rows, load.tokens, 0, None, note)
+    work = _work(pipeline, node)
+    work.teacher_terms(name)
+    pipeline.progress(f"probe: one step of {node.name}")
+    one_step = teacher.correction.model_copy(update={"max_steps": 1, "batch_prompts": STEP_PROMPTS})
+    with tempfile.TemporaryDirectory() as folder:
+        outcome = correct_teacher(
+            [pa.RecordBatch.from_pylist(mine[:STEP_PROMPTS], schema=PROMPT_SCHEMA)], Path(folder, "out"), Path(folder, "work"),
+            name=name, correction=one_step, model=work.original_model(), answers=teacher.answers,
+            prompts=teacher.system_prompts, device=pipeline.student_device, seed=pipeline.experiment.seed, progress=silent,
+        )  # fmt: skip
+    facts, counts = outcome.facts, outcome.counts
+    load = stage_load(stage, len(mine), 1.0, counts["data_tokens"] / counts["used"])
+    size = facts["parameters"] * 4 * (TRAINING_COPIES if teacher.correction.lora is None else 1)
+    seconds = load.tokens * facts["stage_seconds"][0] / max(facts["stage_tokens"][0], 1)
+    return PlanLine(node.name, load.rows, load.tokens, size, seconds, note)
 
 
 @contextmanager
-def _pool(pipeline: Pipeline) -> Iterator[tuple[dict[str, int], Iterator[pa.RecordBatch]]]:
-    """Counts and rows of the pool: the stored one where its inputs match, else one built in a folder that goes away."""
+def _pool(pipeline: Pipeline) -> Iterator[tuple[dict[str, int], Iterator[pa.RecordBatch], str | None]]:
+    """Counts and rows of the pool, and its version: the stored one where its inputs match, else one built in a folder that goes
+    away, without a version."""
     node = pipeline.node("prompt_pool")
     making = pipeline.making(_work(pipeline, node))
     stored = pipeline.store.find(node.name, making.input_key)
     if stored is not None:
-        yield stored.manifest.counts, stored.batches()
+        yield stored.manifest.counts, stored.batches(), stored.version
         return
     with pipeline.store.draft() as folder:
         outcome = RUNNERS[node.stage](_work(pipeline, node), folder, making.input_key)
         parts = sorted(folder.glob("part-*.parquet"))
-        yield outcome.counts, (batch for part in parts for batch in pq.ParquetFile(part).iter_batches())
+        yield outcome.counts, (batch for part in parts for batch in pq.ParquetFile(part).iter_batches()), None
 
 
 def _plan_signals(

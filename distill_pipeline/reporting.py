@@ -117,13 +117,16 @@ def _origins(work: Work, checkpoint: Artifact) -> dict[str, Any]:
 
 
 def _cost(work: Work, checkpoint: Artifact, measured: Mapping[str, Artifact]) -> dict[str, float | None]:
-    """What the student took: the teacher's tokens and seconds over all runs that answered, training, and evaluation."""
+    """What the student took: the teacher's correction, its tokens and seconds over all runs, training, and evaluation."""
     outputs = [
         work.store.open(ancestor.name, ancestor.version).manifest.facts
         for ancestor in checkpoint.manifest.lineage
         if ancestor.name.startswith("teacher_outputs/")
     ]
+    corrections = [a for a in checkpoint.manifest.lineage if a.name.startswith("corrected_teacher/")]
+    seconds = [work.store.open(a.name, a.version).manifest.facts.get("seconds", 0.0) for a in corrections]
     return {
+        **({"correction_seconds": sum(seconds)} if corrections else {}),
         "teacher_prompt_tokens": sum(facts.get("prompt_tokens", 0) for facts in outputs),
         "teacher_completion_tokens": sum(facts.get("completion_tokens", 0) for facts in outputs),
         "generation_seconds": sum(facts.get("seconds", 0.0) for facts in outputs),

@@ -20,9 +20,11 @@ from distill_pipeline.work import Work, evaluation_documents_of, protected_docum
 
 if TYPE_CHECKING:
     from distill_pipeline.generation.accepting import CountAccepted
+    from distill_pipeline.generation.opening import TeacherModel
     from distill_pipeline.models.resolve import ModelFolder
     from distill_pipeline.scoring.rows import ScoringContext
     from distill_pipeline.signals.table import SignalSource
+    from distill_pipeline.training.parallel import Processes
 
 UNHASHED_FILES = frozenset(
     {"report.html", "report.json", "comparison.html", "comparison.json", "leaderboard.json", "speed.parquet", CARD}
@@ -54,15 +56,20 @@ def _filter_externals(work: Work) -> dict[str, str]:
 
 def _teacher_externals(work: Work) -> dict[str, str]:
     work.teacher_terms(work.teacher_name)
-    teacher = work.experiment.teachers[work.teacher_name]
     model = work.teacher_model() or work.answering_model(work.teacher_name)
-    return {f"model:{teacher.weights or teacher.model}": model.identity}
+    return {f"model:{model.reference}": model.identity}
+
+
+def _correction_externals(work: Work) -> dict[str, str]:
+    work.teacher_terms(work.teacher_name)
+    model = work.original_model()
+    return {f"model:{model.reference}": model.identity}
 
 
 def _outputs_externals(work: Work) -> dict[str, str]:
     work.teacher_terms(work.teacher_name)
-    teacher = work.experiment.teachers[work.teacher_name]
-    found = {f"model:{teacher.model}": work.answering_model(work.teacher_name).identity}
+    teacher, model = work.experiment.teachers[work.teacher_name], work.answering_model(work.teacher_name)
+    found = {f"model:{model.reference}": model.identity}
     return found if teacher.accept_target is None else _scorer_externals(work) | found
 
 
@@ -93,9 +100,9 @@ def _nothing(work: Work) -> dict[str, str]:
 
 
 EXTERNAL_INPUTS: Mapping[Stage, Callable[[Work], dict[str, str]]] = {
-    "prompt_pool": _pool_externals, "teacher_outputs": _outputs_externals, "scored_outputs": _scorer_externals,
-    "filtered_set": _filter_externals, "teacher_signals": _teacher_externals, "student_checkpoint": _student_externals,
-    "eval_report": _report_externals, "comparison": _nothing,
+    "prompt_pool": _pool_externals, "corrected_teacher": _correction_externals, "teacher_outputs": _outputs_externals,
+    "scored_outputs": _scorer_externals, "filtered_set": _filter_externals, "teacher_signals": _teacher_externals,
+    "student_checkpoint": _student_externals, "eval_report": _report_externals, "comparison": _nothing,
 }  # fmt: skip
 
 
@@ -110,6 +117,35 @@ def _run_prompt_pool(work: Work, out_dir: Path, input_key: str) -> Outcome:
         part.sources, out_dir, resolve_path=work.experiment.resolve_path, holdout_frac=part.holdout_fraction,
         dedup=part.dedup, protected=protected_index(work.experiment), progress=work.progress,
     )  # fmt: skip
+
+
+def _run_corrected_teacher(work: Work, out_dir: Path, input_key: str) -> Outcome:
+    from distill_pipeline.training.correction import correct_teacher
+
+    name = work.teacher_name
+    teacher = work.experiment.teachers[name]
+    assert teacher.correction is not None
+    outcome = correct_teacher(
+        work.input("prompt_pool").batches(), out_dir, work.store.work_dir(work.node.name, input_key), name=name,
+        correction=teacher.correction, model=work.original_model(), answers=teacher.answers, prompts=teacher.system_prompts,
+        device=work.student_device, seed=work.experiment.seed, progress=work.progress, processes=_joined(work),
+    )  # fmt: skip
+    facts = _told_of_correction(work, out_dir, outcome.counts, outcome.facts)
+    return Outcome(outcome.counts, facts, outcome.failed_gate)
+
+
+def _told_of_correction(work: Work, out_dir: Path, counts: Mapping[str, int], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts of a correction with the model that was corrected and its terms."""
+    return {**facts, "teacher": _told_of_teacher(work, work.original_model())}
+
+
+def _joined(work: Work) -> "Processes":
+    """Those that train together, told that there is something to train."""
+    from distill_pipeline.training.parallel import ALONE
+
+    processes = work.processes or ALONE
+    processes.tell(work=True)
+    return processes
 
 
 def _run_teacher_outputs(work: Work, out_dir: Path, input_key: str) -> Outcome:
@@ -128,10 +164,16 @@ def _run_teacher_outputs(work: Work, out_dir: Path, input_key: str) -> Outcome:
 def _told_of_outputs(work: Work, out_dir: Path, counts: Mapping[str, int], facts: Mapping[str, Any]) -> dict[str, Any]:
     """The facts of a teacher's outputs with who it is and its terms."""
     name = work.teacher_name
-    teacher, model = work.experiment.teachers[name], work.answering_model(name)
-    identity = {"name": name, "model": teacher.model, "revision": model.revision, "identity": model.identity}
+    return {**facts, "teacher": _told_of_teacher(work, work.answering_model(name)) | work.correction_facts(name)}
+
+
+def _told_of_teacher(work: Work, model: "TeacherModel") -> dict[str, Any]:
+    """Who the node's teacher is, as this model, and its terms."""
+    name = work.teacher_name
+    teacher = work.experiment.teachers[name]
+    identity = {"name": name, "model": model.reference, "revision": model.revision, "identity": model.identity}
     how = {"engine": teacher.engine, "trust_remote_code": teacher.trust_remote_code}
-    return {**facts, "teacher": identity | work.teacher_terms(name) | how}
+    return identity | work.teacher_terms(name) | how
 
 
 def _count_accepted(work: Work) -> "CountAccepted | None":
@@ -211,13 +253,11 @@ def _run_teacher_signals(work: Work, out_dir: Path, input_key: str) -> Outcome:
 
 
 def _run_student_checkpoint(work: Work, out_dir: Path, input_key: str) -> Outcome:
-    from distill_pipeline.training.parallel import ALONE
     from distill_pipeline.training.reading import rows_under_prompts
     from distill_pipeline.training.stage import train_student
 
     assert work.node.student is not None
-    processes = work.processes or ALONE
-    processes.tell(work=True)
+    processes = _joined(work)
     student, recipe = work.node.student, work.experiment.students[work.node.student]
     sets = _sets(work)
     system, rows = rows_under_prompts(
@@ -260,7 +300,8 @@ def _init_model(work: Work) -> "ModelFolder | None":
 
 
 _TOLD: Mapping[Stage, Callable[[Work, Path, Mapping[str, int], Mapping[str, Any]], dict[str, Any]]] = {
-    "teacher_outputs": _told_of_outputs, "filtered_set": _told_of_set, "student_checkpoint": _told_of_student,
+    "corrected_teacher": _told_of_correction, "teacher_outputs": _told_of_outputs, "filtered_set": _told_of_set,
+    "student_checkpoint": _told_of_student,
 }  # fmt: skip
 
 
@@ -315,7 +356,7 @@ def _run_comparison(work: Work, out_dir: Path, input_key: str) -> Outcome:
 
 
 RUNNERS: Mapping[Stage, Callable[[Work, Path, str], Outcome]] = {
-    "prompt_pool": _run_prompt_pool, "teacher_outputs": _run_teacher_outputs, "scored_outputs": _run_scored_outputs,
-    "filtered_set": _run_filtered_set, "teacher_signals": _run_teacher_signals, "student_checkpoint": _run_student_checkpoint,
-    "eval_report": _run_eval_report, "comparison": _run_comparison,
+    "prompt_pool": _run_prompt_pool, "corrected_teacher": _run_corrected_teacher, "teacher_outputs": _run_teacher_outputs,
+    "scored_outputs": _run_scored_outputs, "filtered_set": _run_filtered_set, "teacher_signals": _run_teacher_signals,
+    "student_checkpoint": _run_student_checkpoint, "eval_report": _run_eval_report, "comparison": _run_comparison,
 }  # fmt: skip

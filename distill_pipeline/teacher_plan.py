@@ -23,7 +23,7 @@ _HOW = "--dry-run-served asks it for a few prompts"
 
 
 def plan_teacher(
-    work: Work, prompts: Sequence[dict[str, Any]], *, probe: bool, dry_run_served: bool
+    work: Work, prompts: Sequence[dict[str, Any]], *, probe: bool, dry_run_served: bool, waits_for_correction: bool = False
 ) -> tuple[list[PlanLine], TeacherProbe | None]:
     """A line for the teacher's outputs and one for each of its filtered sets, and what the dry run found.
 
@@ -31,6 +31,7 @@ def plan_teacher(
         prompts: the training prompts that the teacher answers.
         probe: answer a few of them; without it nothing is loaded and no server is asked.
         dry_run_served: ask servers too.
+        waits_for_correction: the teacher of ``work`` is the one before its correction, whose answers will not serve.
     """
     teacher = work.experiment.teachers[work.teacher_name]
     if not prompts:
@@ -38,7 +39,7 @@ def plan_teacher(
     if not probe and teacher.server is None:
         line = _at_most(work, teacher, len(prompts) * teacher.most_samples, "tokens at most; stored answers not looked up")
         return [line, *_filter_lines(work, prompts, None)], None
-    missing, note = _missing(work, prompts, teacher)
+    missing, note = _missing(work, prompts, teacher, waits_for_correction)
     found: TeacherProbe | None = None
     unknown = f"; lengths, time and yield unknown: {_HOW}"
     if probe and (teacher.server is None or dry_run_served):
@@ -54,16 +55,19 @@ def plan_teacher(
     return [line, *_filter_lines(work, prompts, found)], found
 
 
-def _missing(work: Work, prompts: Sequence[dict[str, Any]], teacher: TeacherSpec) -> tuple[int, str]:
+def _missing(work: Work, prompts: Sequence[dict[str, Any]], teacher: TeacherSpec, waits: bool) -> tuple[int, str]:
     """Requests that the teacher may still be sent, and what is stored, or why it does not serve any more."""
     from distill_pipeline.generation.stage import missing_requests, settings_changes
 
+    most = len(prompts) * teacher.most_samples
+    if waits:
+        return most, f"its correction is not made yet: 0 of {most:,} stored, {most:,} made anew; measured as it is before"
     how: dict[str, Any] = {
         "teacher": teacher, "model": work.answering_model(work.teacher_name), "device": work.teacher_device,
         "generations_dir": work.store.shared_folder("generations"), "seed": work.experiment.seed,
         "compute": work.experiment.compute,
     }  # fmt: skip
-    missing, most = missing_requests(prompts, **how), len(prompts) * teacher.most_samples
+    missing = missing_requests(prompts, **how)
     changes = settings_changes(work.teacher_name, **how)
     note = f"{most - missing:,} of {most:,} stored"
     return missing, f"other settings than in its last run ({changes}): {note}, {missing:,} made anew" if changes else note

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from distill_pipeline.errors import ConfigError
 from distill_pipeline.experiment import Experiment
-from distill_pipeline.nodes import Node
+from distill_pipeline.nodes import Node, corrected_name
 from distill_pipeline.outcome import Progress
 from distill_pipeline.scoring.registry import scorer_models
 from distill_pipeline.storage.artifacts import Artifact, ArtifactStore
@@ -56,7 +56,33 @@ class Work:
         teacher = self.experiment.teachers[self.teacher_name]
         if teacher.engine == "openai":
             return self.model(teacher.weights) if teacher.weights else None
+        return self._weights_here(self.teacher_name)
+
+    def original_model(self) -> "ModelFolder":
+        """The folder of the node's teacher as it is before its correction."""
+        teacher = self.experiment.teachers[self.teacher_name]
         return self.model(teacher.model, teacher.revision)
+
+    def correction_facts(self, name: str) -> dict[str, Any]:
+        """What a corrected teacher's facts say instead: its original's revision, and what the correction did; else nothing."""
+        if not self.experiment.corrects(name):
+            return {}
+        manifest = self.inputs[corrected_name(name)].manifest
+        original = {key: manifest.facts["teacher"][key] for key in ("model", "revision", "identity")}
+        losses = {key: manifest.facts[key] for key in ("untrained_loss", "initial_loss", "final_loss")}
+        size = {"references": manifest.counts["used"], "steps": manifest.counts["steps"]}
+        return {"revision": original["revision"], "correction": original | size | losses}
+
+    def _weights_here(self, name: str, revision: str | None = None) -> "ModelFolder":
+        """The folder of a teacher that runs here: its corrected weights, whose identity is their content, where it has any."""
+        from distill_pipeline.models.resolve import ModelFolder
+
+        teacher = self.experiment.teachers[name]
+        if teacher.correction is None:
+            return self.model(teacher.model, revision or teacher.revision)
+        made = self.inputs[corrected_name(name)]
+        declared = made.manifest.facts["teacher"]["declared_license"]
+        return ModelFolder(made.local_dir(), f"{teacher.model} (corrected)", None, made.version, declared)
 
     def teacher_weights(self) -> "ModelFolder":
         """The folder of the node's teacher, for what looks into it. Raises ConfigError for one that is only an API."""
@@ -94,10 +120,10 @@ class Work:
         from distill_pipeline.generation.served import ServedModel
 
         teacher = self.experiment.teachers[name]
-        revision = revision or teacher.revision
         if teacher.server is None:
-            return self.model(teacher.model, revision)
+            return self._weights_here(name, revision)
         counting = teacher.tokenizer or teacher.weights
+        revision = revision or teacher.revision
         return ServedModel(teacher.model, revision, teacher.server, self.model(counting).path if counting else None)
 
     def scoring_models(self) -> "dict[tuple[str, str | None], TeacherModel]":

@@ -1,4 +1,4 @@
-"""The devices that students train on, and in which processes."""
+"""The devices that students, and teachers to be corrected, train on, and in which processes."""
 
 import os
 from typing import TYPE_CHECKING
@@ -18,8 +18,8 @@ class StudentGpuResource(dg.ConfigurableResource):
     device: str = Field(default="", description=f"{DEVICE_HELP}. Empty: the environment variable DISTILL_STUDENT_DEVICE.")
     training: str = Field(
         default="",
-        description="How training is started: in_process (in the step's own process), subprocess (`distill train` as a process "
-        "of its own), torchrun:N (`distill train` in N processes, one a GPU, each with a copy of the weights) or "
+        description="How training is started: in_process (in the step's own process), subprocess (`distill train` or `correct` "
+        "as a process of its own), torchrun:N (the same in N processes, one a GPU, each with a copy of the weights) or "
         "torchrun:N:shard (the same, with weights in shards). Empty: in_process, or what the environment variables "
         "DISTILL_TRAIN_PROCESSES (1 is a subprocess, more are torchrun) and DISTILL_TRAIN_SHARD (1) say.",
     )

@@ -20,8 +20,9 @@ import yaml
 from distill_pipeline.errors import EmptyResultError, MissingInputError
 from distill_pipeline.experiment import load_experiment
 from distill_pipeline.hashing import files_version
+from distill_pipeline.launching import Launch
 from distill_pipeline.lineage import lineage_lines, open_folder, trace
-from distill_pipeline.pipeline import Pipeline
+from distill_pipeline.pipeline import Pipeline, open_pipeline
 from distill_pipeline.runners import UNHASHED_FILES
 from distill_pipeline.storage.artifacts import Artifact, ArtifactStore
 
@@ -563,3 +564,171 @@ def test_killed_generation_and_killed_training_end_as_if_nothing_had_happened(
     assert student.manifest.facts["resumed_from_step"] > 0
     assert student.manifest.facts["final_loss"] == expected["student_checkpoint/kl"].manifest.facts["final_loss"]
     assert student.version == expected["student_checkpoint/kl"].version
+
+
+CORRECTION = {"epochs": 4, "lr": 3e-3, "batch_prompts": 8}
+
+
+def test_a_corrected_teacher_is_the_teacher_of_everything_downstream(world: World, tiny_teacher_dir: Path) -> None:
+    from distill_pipeline.models.load import load_model
+    from distill_pipeline.training.stage import parameters_sha256
+
+    world.document["students"]["stored"] = world._student("logit_kd", {"prune": {"layers": 2}})
+    world.document["students"]["stored"]["stages"][0]["signal"] = "topk"
+    world.save()
+    before = world.make_all()
+    world.document["teachers"]["small"]["correction"] = CORRECTION
+    world.save()
+    for name in ("teacher_outputs/small", "student_checkpoint/kl"):
+        with pytest.raises(MissingInputError, match=r"distill (correct|filter) EXPERIMENT small"):
+            open_pipeline(world.file, world.root).make(name)
+    after = world.make_all()
+    assert all(artifact.reused for artifact in world.make_all().values())
+    corrected = after["corrected_teacher/small"]
+    teacher = corrected.manifest.facts["teacher"]
+    assert (teacher["model"], teacher["license"]) == (str(tiny_teacher_dir), "mit")
+    assert corrected.manifest.facts["final_loss"] < corrected.manifest.facts["untrained_loss"]
+
+    old, new = before["teacher_outputs/small"], after["teacher_outputs/small"]
+    assert new.manifest.counts["generated"] == new.manifest.counts["expected"] == 120
+    assert new.manifest.facts["settings_changed"]["model"] == [teacher["identity"], corrected.version]
+    old_rows, new_rows = ({(row["prompt_id"], row["sample_index"]): row for row in outputs.rows()} for outputs in (old, new))
+    assert {row["request_key"] for row in old_rows.values()}.isdisjoint(row["request_key"] for row in new_rows.values())
+    assert sum(old_rows[key]["raw_text"] != row["raw_text"] for key, row in new_rows.items()) > 60
+    answers = new.manifest.facts["teacher"]
+    assert (answers["identity"], answers["correction"]["identity"]) == (corrected.version, teacher["identity"])
+
+    assert after["teacher_signals/small/every"].manifest.facts["headers"]["topk"]["teacher"] == corrected.version
+    facts = after["student_checkpoint/kl"].manifest.facts
+    weights = parameters_sha256(load_model(corrected.local_dir()))
+    assert facts["teacher_sha256_before"] == facts["teacher_sha256_after"] == weights
+    report = after["eval_report/kl"].read_json("report.json")
+    measured = world.pipeline().store.latest("model_evaluation/teacher/small")
+    assert measured is not None
+    assert measured.manifest.made.inputs["model:teacher"] == corrected.version
+    assert report["teachers"][0]["correction"]["final_loss"] == corrected.manifest.facts["final_loss"]
+    assert report["cost"]["correction_seconds"] == corrected.manifest.facts["seconds"]
+    page = (after["eval_report/kl"].local_dir() / "report.html").read_text()
+    assert "<span>teacher</span>small (corrected)</span>" in page
+    assert "on 40 references: loss" in page
+    leaderboard = after["comparison"].read_json("leaderboard.json")
+    assert leaderboard["references"][0]["name"] == "teacher small (corrected)"
+    card = Path(after["student_checkpoint/kl"].uri, "README.md").read_text()
+    assert f"{tiny_teacher_dir.name} (corrected)" in card.replace("\\", "")
+
+
+def test_lineage_goes_from_a_student_over_the_answers_to_the_corrected_teacher_and_its_prompts(world: World) -> None:
+    world.document["teachers"]["small"] |= {"correction": CORRECTION, "license": "llama3.1", "accept": None}
+    world.save()
+    names = [
+        "student_checkpoint/kl", "filtered_set/small/every", "scored_outputs/small", "teacher_outputs/small",
+        "corrected_teacher/small", "prompt_pool",
+    ]  # fmt: skip
+    made = {name: world.pipeline().make(name) for name in reversed(names)}
+    story = trace(open_folder(world.root / "student_checkpoint" / "kl"))
+    stories = list(lineage_lines(story))
+    lines = [told.splitlines()[0] for told in stories]
+    places = [lines.index(f"{name}  {made[name].version}  [verified]") for name in names]
+    assert places == sorted(places)
+    assert "the student's name begins with Llama" in stories[places[-2]]
+    weights = made["corrected_teacher/small"].local_dir() / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    difference = trace(open_folder(world.root / "student_checkpoint" / "kl")).first_difference
+    assert difference is not None
+    assert "corrected_teacher/small" in difference
+
+
+def test_a_scorer_that_names_a_corrected_teacher_asks_the_corrected_one(world: World) -> None:
+    world.document["teachers"]["small"]["correction"] = CORRECTION
+    world.document["scorers"]["words"] = [{"kind": "judge", "options": {"model": "small", "max_tokens": 2}}]
+    world.save()
+    pipeline = world.pipeline()
+    for name in ("prompt_pool", "corrected_teacher/small", "teacher_outputs/small", "scored_outputs/small"):
+        made = pipeline.make(name)
+    corrected = made.manifest.made.inputs["corrected_teacher/small"]
+    families = [json.loads(file.read_text()) for file in world.root.glob("generations/*/family.json")]
+    assert len(families) == 2, "the answers, and the judge's"
+    assert {family["model"] for family in families} == {corrected}
+
+
+def test_a_killed_correction_ends_with_the_version_of_one_that_was_not(
+    world: World, tmp_path: Path, tiny_teacher_dir: Path
+) -> None:
+    world.document["teachers"]["small"]["correction"] = CORRECTION | {"epochs": 30}
+    world.save()
+    undisturbed = World(tmp_path / "undisturbed", tiny_teacher_dir)
+    undisturbed.document = world.document
+    undisturbed.save()
+    for each in (world, undisturbed):
+        each.pipeline().make("prompt_pool")
+    expected = undisturbed.pipeline().make("corrected_teacher/small")
+    checkpoints = ".work/corrected_teacher__small/*/checkpoints/step-*"
+    killed = _kill_when(world.command("correct", "small"), lambda: any(world.root.glob(checkpoints)))
+    corrected = world.pipeline().make("corrected_teacher/small")
+    assert killed
+    assert corrected.manifest.facts["resumed_from_step"] > 0
+    assert corrected.version == expected.version
+
+
+def test_the_plan_counts_a_correction_and_says_which_answers_it_makes_stale(world: World) -> None:
+    from distill_pipeline.planning import plan_experiment
+
+    def notes() -> dict[str, str]:
+        return {line.node: line.note for line in plan_experiment(world.pipeline())}
+
+    def make_teacher() -> None:
+        for name in ("prompt_pool", "corrected_teacher/small", "teacher_outputs/small"):
+            world.pipeline().make(name)
+
+    world.document["teachers"]["small"]["correction"] = CORRECTION
+    world.document["students"] = {"kl": world.document["students"]["kl"]}
+    world.save()
+    line = {line.node: line for line in plan_experiment(world.pipeline())}["corrected_teacher/small"]
+    assert (line.rows, line.tokens) == (40 * 4, 40 * 4 * 2), "the reference, one token, and its end"
+    assert line.seconds is not None
+    make_teacher()
+    made = notes()
+    assert made["corrected_teacher/small"] == "stored"
+    assert "120 of 120 stored" in made["teacher_outputs/small"]
+    world.document["teachers"]["small"]["correction"] = CORRECTION | {"lr": 1e-3}
+    world.save()
+    said = "its correction is not made yet: 0 of 120 stored, 120 made anew"
+    assert said in notes()["teacher_outputs/small"]
+    world.pipeline().make("corrected_teacher/small")
+    assert "other settings than in its last run (model " in notes()["teacher_outputs/small"]
+    make_teacher()
+    world.add_prompts(range(40, 45))
+    world.pipeline().make("prompt_pool")
+    assert "its correction is not made yet: 0 of 135 stored" in notes()["teacher_outputs/small"]
+
+
+def test_of_two_teachers_of_one_model_one_is_corrected_and_the_other_is_not(world: World) -> None:
+    world.add_two_teachers(Path(world.document["teachers"]["small"]["model"]))
+    world.document["teachers"]["adder"] |= {"correction": CORRECTION, "systems": {"sums": "count"}}
+    world.document["students"] = {
+        "texts": {"data": ["small/every", "adder/every"], "init": {"prune": {"layers": 2}}, "stages": [{"method": "sft"}]}
+    }
+    world.document["evaluation"]["domains"] = {"tiny_heldout": "words"}
+    world.save()
+    made = world.make_all()
+    counts = made["corrected_teacher/adder"].manifest.counts
+    assert (counts["prompts"], counts["used"], counts["other_domain"]) == (50, 10, 40)
+    identities = [made[f"teacher_outputs/{name}"].manifest.facts["teacher"]["identity"] for name in ("small", "adder")]
+    assert identities[1] == made["corrected_teacher/adder"].version != identities[0]
+    report = made["eval_report/texts"]
+    assert "<span>teacher</span>small+adder (corrected)</span>" in (report.local_dir() / "report.html").read_text()
+
+
+def test_two_processes_correct_a_teacher_like_one(world: World, tmp_path: Path, tiny_teacher_dir: Path) -> None:
+    world.document["teachers"]["small"]["correction"] = CORRECTION
+    world.save()
+    world.pipeline().make("prompt_pool")
+    alone = World(tmp_path / "alone", tiny_teacher_dir)
+    shutil.copytree(world.root, alone.root)
+    alone.document = world.document
+    alone.save()
+    expected = alone.pipeline().make("corrected_teacher/small")
+    together = world.pipeline(launch=Launch(2), student_device="cpu").make("corrected_teacher/small")
+    assert together.manifest.facts["processes"] == 2
+    one, two = (pq.read_table(made.local_dir() / "curve.parquet")["loss"].to_pylist() for made in (expected, together))
+    assert two == pytest.approx(one, abs=1e-4)

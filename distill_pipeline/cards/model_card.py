@@ -60,7 +60,7 @@ def write_model_card(
     name, stages = student_name(experiment, student, teachers), facts["stages"]
     methods = unique(stage["method"] for stage in stages)
     fields = _license(base, init, teachers) | {
-        "library_name": "transformers", "pipeline_tag": "text-generation", "base_model": _hub_id(base),
+        "library_name": "transformers", "pipeline_tag": "text-generation", "base_model": _hub_id(base, teachers),
         "datasets": hub_datasets(sources), "tags": ["distillation", *methods, "distill-pipeline"], "model_name": name,
     }  # fmt: skip
     who = ", ".join(unique(f"{facts['name']} ({facts['model']})" for facts in teachers))
@@ -85,9 +85,13 @@ def _license(base: "ModelFolder | None", init: Mapping[str, Any], teachers: Sequ
     return license_fields([*([base.license] if base is not None and init.get("model") else []), *keys])
 
 
-def _hub_id(base: "ModelFolder | None") -> str | None:
+def _hub_id(base: "ModelFolder | None", teachers: Sequence[Facts]) -> str | None:
     """The reference of a Hub model; other places mean nothing to a reader of the card's metadata."""
-    return base.reference if base is not None and _COMMIT.fullmatch(base.revision or "") else None
+    if base is None:
+        return None
+    corrected = next((facts.get("correction") for facts in teachers if facts.get("identity") == base.identity), None)
+    model, revision = (corrected["model"], corrected["revision"]) if corrected else (base.reference, base.revision)
+    return model if _COMMIT.fullmatch(revision or "") else None
 
 
 def _data_section(sets: Sequence[Artifact], sources: Sequence[tuple[str, str]]) -> str:

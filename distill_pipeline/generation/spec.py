@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 
+from distill_pipeline.learning import CorrectionSpec
 from distill_pipeline.spec import ANY_DOMAIN, Spec
 from distill_pipeline.system_prompts import PRESETS, SystemPrompts, with_chain_of_thought
 
@@ -179,6 +180,9 @@ class TeacherSpec(Spec):
         description="with engine openai: the served model as a Hub id or folder, for students and reports, which need it here",
     )  # fmt: skip
     budget: BudgetSpec | None = Field(None, exclude_if=_is_unset)
+    correction: CorrectionSpec | None = Field(
+        None, exclude_if=lambda value: value is None, description="train it on its prompts' references before it answers"
+    )
 
     @property
     def accept_target(self) -> AcceptTargetSpec | None:
@@ -237,6 +241,13 @@ class TeacherSpec(Spec):
             given = [name for name in fields if getattr(self, name)] if engine != self.engine else []
             if given:
                 raise ValueError(f"{', '.join(given)} is for engine {engine}; this teacher's engine is {self.engine}")
+        if self.engine == "openai" and self.correction is not None:
+            raise ValueError(
+                "correction is for a model that runs here; with engine openai the server would have to serve the corrected "
+                "model: serve one, and point model at it"
+            )
+        if self.correction is not None and self.trust_remote_code:
+            raise ValueError("correction trains and saves a model without code of its own; leave it or trust_remote_code out")
         if self.engine == "openai" and self.dtype is not None:
             raise ValueError("dtype is for a model that runs here; with engine openai the server decides")
         if self.engine == "transformers" and self.sampling.top_k is None:

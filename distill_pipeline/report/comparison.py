@@ -48,7 +48,7 @@ def leaderboard_row(report: Mapping[str, Any]) -> dict[str, Any]:
     cost = report["cost"]
     models = report["headline"]["models"]
     return {
-        "student": report["student"], "method": report["method"], "teacher": report["teacher"], "filter": report["filter"],
+        "student": report["student"], "method": report["method"], "teacher": teacher_text(report), "filter": report["filter"],
         "init": init_text(report["init"]), "parameters": report["parameters"].get("student"),
         "share": report["parameters"]["share"], "score": models["student"], "teacher_score": models.get("teacher"),
         "untrained_score": models.get("untrained"), "gap_recovered": report["gap_recovered"],
@@ -56,6 +56,12 @@ def leaderboard_row(report: Mapping[str, Any]) -> dict[str, Any]:
         "top1_agreement": held_out.get("top1_agreement"), "trained_tokens": cost.get("trained_tokens"),
         "training_seconds": cost.get("training_seconds"), "num_warnings": len(report["warnings"]),
     }  # fmt: skip
+
+
+def teacher_text(report: Mapping[str, Any]) -> str:
+    """A student's teachers, each that was corrected before it answered with a word of it."""
+    corrected = {teacher["name"] for teacher in report["teachers"] if teacher.get("correction")}
+    return "+".join(f"{name} (corrected)" if name in corrected else name for name in report["teacher"].split("+"))
 
 
 def init_text(init: Mapping[str, Any] | None) -> str:
@@ -108,7 +114,7 @@ def _references(reports: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for report in reports:
         models, parameters = report["headline"]["models"], report["parameters"]
-        teacher = f"teacher {report['teacher'].split('+')[0]}"
+        teacher = f"teacher {teacher_text(report).split('+')[0]}"
         untrained = f"untrained, {init_text(report['init'])}"
         for name, role, size in ((teacher, "teacher", "teacher"), (untrained, "untrained", "student")):
             if role in models:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from distill_pipeline.records import FUNNEL
-from distill_pipeline.report.comparison import contrast_students, init_text, is_share_headline, shared_warnings
+from distill_pipeline.report.comparison import contrast_students, init_text, is_share_headline, shared_warnings, teacher_text
 from distill_pipeline.report.figures import (
     count_rows,
     curve_panels,
@@ -59,7 +59,7 @@ def student_html(report: Mapping[str, Any]) -> str:
     rows = [{"name": name, "role": name, "interval": found} for name, found in _baselines_first(models)]
     return _render(
         "student.html.j2", report=report, models=[name for name, _ in _baselines_first(models)],
-        init=visible_text(init_text(report["init"]), 120), lede=_student_lede(report),
+        init=visible_text(init_text(report["init"]), 120), teacher=teacher_text(report), lede=_student_lede(report),
         tiles=_tiles(report), documents=number(models["student"]["n"]) if models["student"]["n"] else "",
         scores=score_chart(rows, is_share=is_share), ruler=gap_ruler(gap, gap["n"]),
         table=_task_rows(report), held_out=_held_out_rows(report), plot=curve_plot(report["curve"]),

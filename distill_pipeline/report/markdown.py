@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distill_pipeline.records import FUNNEL
-from distill_pipeline.report.comparison import contrast_students, is_share_headline, shared_warnings
+from distill_pipeline.report.comparison import contrast_students, is_share_headline, shared_warnings, teacher_text
 from distill_pipeline.report.funnel import funnel_rows, largest_reasons, pass_text, reason_rows
 from distill_pipeline.report.text import (
     UNKNOWN,
@@ -35,7 +35,8 @@ def student_markdown(report: Mapping[str, Any]) -> str:
     rows = [[name, interval_text(found, is_share=is_share), number(found["n"])] for name, found in models.items()]
     gap = report["gap_recovered"]
     gap_said = interval_text(gap) if gap["value"] is not None else f"unknown: {gap.get('reason')}"
-    who, method, teacher, rule = (markdown_text(report[key]) for key in ("student", "method", "teacher", "filter"))
+    who, method, rule = (markdown_text(report[key]) for key in ("student", "method", "filter"))
+    teacher = markdown_text(teacher_text(report))
     parts = [
         f"**{who}** ({method}, teacher {teacher}, filter {rule}): gap recovered {markdown_text(gap_said)}",
         _table(["model", report["headline"]["label"], "documents"], rows),

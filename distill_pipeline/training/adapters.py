@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from distill_pipeline.errors import ConfigError, MissingExtraError
-from distill_pipeline.training.spec import LoraSpec
+from distill_pipeline.learning import LoraSpec
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distill_pipeline.learning import Precision
 from distill_pipeline.models.forward import column_logits, evaluating
 from distill_pipeline.training.batches import ATTENTION_TOKENS, ROW_TOKENS, Example, Layout, MicroBatch, micro_batches
-from distill_pipeline.training.spec import Precision
 
 MASKING_ATTENTION = {"sdpa", "eager"}
 """Attention implementations of transformers that take a mask of any shape."""

@@ -5,18 +5,20 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, StringConstraints, model_serializer, model_validator
 
+from distill_pipeline.learning import FittingSpec, LearningSpec
 from distill_pipeline.signals.spec import SignalKind
 from distill_pipeline.spec import Spec
 
 ALGORITHM = "student_checkpoint/2"
 """Raise when the same data and settings would train other weights."""
 
+CORRECTION_ALGORITHM = f"corrected_teacher/1, {ALGORITHM}"
+"""Raise when the same references would be other answers to learn."""
+
 DataRef = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]+(_[a-z0-9]+)*/[a-z0-9]+(_[a-z0-9]+)*$")]
 
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd", "akl", "uld"]
-
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 DIVERGENCE_OPTION: Mapping[str, Literal["alpha", "beta", "mu"]] = {
     "jsd": "beta", "skew_forward_kl": "alpha", "skew_reverse_kl": "alpha", "akl": "mu",
@@ -167,7 +169,7 @@ class EarlyStopSpec(Spec):
     min_delta: float = Field(0.0, ge=0.0, description="nats a token below the least so far that count as progress")
 
 
-class TrainStageSpec(Spec):
+class TrainStageSpec(LearningSpec):
     """One stage of a student's training. Stages run in order.
 
     ``sft`` learns the data's tokens and ``logit_kd`` the teacher's distribution on them; ``on_policy`` learns the teacher's
@@ -191,20 +193,6 @@ class TrainStageSpec(Spec):
     )
     rollouts: RolloutSpec = RolloutSpec()
     keep_optimizer: bool = Field(False, description="go on with the optimizer's state of the stage before")
-    epochs: float = Field(1.0, gt=0.0)
-    max_steps: int | None = Field(None, ge=1, description="stop after this many optimizer steps")
-    max_tokens: int | None = Field(
-        None, ge=1,
-        description="stop with the step that reaches this many completion tokens, however many epochs that takes",
-    )  # fmt: skip
-    batch_prompts: int = Field(16, ge=1, description="prompts an optimizer step, each with all its completions")
-    micro_batch_tokens: int = Field(1024, ge=64, description="most tokens a forward pass; changes memory, never the result")
-    lr: float = Field(3e-4, gt=0.0)
-    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    warmup_frac: float = Field(0.05, ge=0.0, lt=1.0)
-    decay_frac: float = Field(0.1, gt=0.0, le=1.0, description="the last part of the way, on which wsd falls to zero")
-    weight_decay: float = Field(0.0, ge=0.0)
-    clip_norm: float | None = Field(1.0, gt=0.0)
     early_stop: EarlyStopSpec | None = Field(
         None, exclude_if=lambda value: value is None, description="end the stage earlier, by the student's held_out part"
     )
@@ -231,16 +219,7 @@ class TrainStageSpec(Spec):
         return {} if name is None else {name: getattr(self, name)}
 
     @model_validator(mode="after")
-    def _no_setting_in_vain(self) -> "TrainStageSpec":
-        if vain := sorted(self._unread() & self.model_fields_set):
-            raise ValueError(
-                f"{', '.join(vain)}: not read by method {self.method} with divergence {self.divergence} and schedule "
-                f"{self.schedule}"
-            )
-        if self.schedule == "wsd" and self.warmup_frac + self.decay_frac > 1.0:
-            raise ValueError(
-                f"warmup_frac {self.warmup_frac} and decay_frac {self.decay_frac} are more than the whole way; lower one"
-            )
+    def _settings_fit_the_method(self) -> "TrainStageSpec":
         if self.signal != "online" and (self.method, self.divergence) != ("logit_kd", "forward_kl"):
             raise ValueError(f"signal {self.signal} is for method logit_kd with divergence forward_kl")
         if self.divergence == "uld" and self.method == "on_policy":
@@ -270,30 +249,18 @@ class TrainStageSpec(Spec):
             )
 
     def _unread(self) -> set[str]:
-        """Settings of other methods and divergences."""
-        unread = {"alpha", "beta", "mu"} - (self.divergence_options.keys() if self.distills else set())
-        unread |= set() if self.schedule == "wsd" else {"decay_frac"}
+        """Settings of other methods, divergences and schedules."""
+        unread = super()._unread() | {"alpha", "beta", "mu"} - (self.divergence_options.keys() if self.distills else set())
         return unread if self.method == "on_policy" else unread | {"lambda_", "objective", "rollouts"}
 
-    @model_serializer(mode="wrap")
-    def _without_unread(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Settings that this stage does not read decide nothing, so they are in no manifest and no version."""
-        hidden = self._unread() | (set() if self.keep_optimizer else {"keep_optimizer"})
-        return {name: value for name, value in handler(self).items() if name not in hidden}
+    def _reader(self) -> str:
+        return f"method {self.method} with divergence {self.divergence} and {super()._reader()}"
+
+    def _hidden(self) -> set[str]:
+        return super()._hidden() | (set() if self.keep_optimizer else {"keep_optimizer"})
 
 
-class LoraSpec(Spec):
-    """Low-rank adapters: only they are trained, and merged into the weights at the end."""
-
-    rank: int = Field(16, ge=1)
-    alpha: float = Field(32.0, gt=0.0, description="the adapters' product is multiplied by alpha / rank")
-    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="of the adapters' inputs; other micro-batches draw others")
-    target_modules: tuple[str, ...] | None = Field(
-        None, min_length=1, description="layers by the last part of their names; null is every linear layer but the head"
-    )
-
-
-class StudentSpec(Spec):
+class StudentSpec(FittingSpec):
     """One student: its data (``teacher/filter``, several for several teachers), its first weights, its training."""
 
     data: tuple[DataRef, ...] = Field(min_length=1)
@@ -311,23 +278,9 @@ class StudentSpec(Spec):
         0.5, gt=0.0, lt=1.0, exclude_if=lambda value: value == 0.5,
         description="with target both: the answers' share of the loss, each task's loss being the mean over its tokens",
     )  # fmt: skip
-    max_length: int = Field(
-        2048, ge=16, description="longest prompt plus completion in tokens; longer ones are left out, counted"
-    )
     held_out: HeldOutSpec | None = Field(
         None, exclude_if=lambda value: value is None, description="compare it with its teacher while it is trained"
     )
-    lora: LoraSpec | None = Field(
-        None, exclude_if=lambda value: value is None, description="train adapters instead of the weights themselves"
-    )
-    precision: Precision = Field(
-        "auto", exclude_if=lambda value: value == "auto",
-        description="of forward passes; auto is bf16 on CUDA, else fp32; weights and losses are always fp32",
-    )  # fmt: skip
-    gradient_checkpointing: bool = Field(
-        False, exclude_if=lambda value: value is False,
-        description="keep only what enters each layer and compute the rest again: less memory, more time, same result",
-    )  # fmt: skip
 
     @model_validator(mode="after")
     def _settings_fit_the_stages(self) -> "StudentSpec":

@@ -73,11 +73,13 @@ COUNTS = {
     "filtered_set": {"completions": 1, "accepted": 1},
     "teacher_signals": {"completions": 1, "captured": 1},
     "student_checkpoint": {"completions": 1, "trained_completions": 1},
+    "corrected_teacher": {"prompts": 4, "used": 1, "held_out": 1, "other_domain": 1, "without_reference": 1},
     "comparison": {"students": 3},
 }
 FACTS: dict[str, dict[str, Any]] = {
     "teacher_outputs": {"teacher": TERMS}, "filtered_set": {"teacher": TERMS},
     "teacher_signals": {"teacher": TERMS, "bytes_a_token": {"topk": 38.0}, "kept_mass_by_temperature": {"1.0": 0.97}},
+    "corrected_teacher": {"teacher": TERMS, "final_loss": 1.5},
     "student_checkpoint": {"teachers": [TERMS], "teacher_sha256_before": "h", "teacher_sha256_after": "h"},
 }  # fmt: skip
 
@@ -129,7 +131,7 @@ def write_stage(folder: Path, node: Node, salt: str, script: Script) -> None:
     if node.stage in ROWS:
         schema, row = ROWS[node.stage]
         pq.write_table(pa.Table.from_pylist([row], schema=schema), folder / "part-00000.parquet")
-    if node.stage == "student_checkpoint":
+    if node.stage in ("student_checkpoint", "corrected_teacher"):
         pq.write_table(pa.table({"step": [1, 2], "loss": [2.0, 1.5]}), folder / "curve.parquet")
     if node.stage == "eval_report":
         (folder / "report.json").write_text(json.dumps(student_report(node.student or "", script)))

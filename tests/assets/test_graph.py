@@ -8,6 +8,7 @@ import pytest
 from assets.definitions import build_definitions
 from assets.naming import MODEL_STEP_TAG, tag_value
 from distill_pipeline.experiment import Experiment, load_experiment
+from distill_pipeline.launching import Launch
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DATA = ["prompt_pool", "scored_outputs__smollm2", "teacher_outputs__smollm2"]
@@ -45,14 +46,18 @@ def test_the_definitions_load(definitions):
     dg.Definitions.validate_loadable(definitions)
 
 
-def test_the_graph_of_the_quickstart_is_the_one_written_down_here(definitions):
-    graph = definitions.resolve_asset_graph()
+def graph_of(graph) -> dict[str, tuple[str, list[str], list[str]]]:
+    """Each asset's group, parents and checks."""
     seen = {}
     for key in graph.get_all_asset_keys():
         node = graph.get(key)
         checks = sorted(check.name for check in graph.get_check_keys_for_assets({key}))
         seen[key.to_user_string()] = (node.group_name, sorted(parent.to_user_string() for parent in node.parent_keys), checks)
-    assert seen == GRAPH
+    return seen
+
+
+def test_the_graph_of_the_quickstart_is_the_one_written_down_here(definitions):
+    assert graph_of(definitions.resolve_asset_graph()) == GRAPH
 
 
 def test_signals_are_a_node_between_the_filtered_set_and_the_students_that_read_them():
@@ -68,6 +73,45 @@ def test_signals_are_a_node_between_the_filtered_set_and_the_students_that_read_
     (asset,) = [asset for asset in definitions.assets if asset.key == signals.key]
     assert asset.op.pool == "teacher_gpu"
     assert MODEL_STEP_TAG in asset.op.tags
+
+
+@pytest.fixture
+def with_correction(quickstart: Experiment) -> Experiment:
+    """The quickstart with a corrected teacher."""
+    document = quickstart.model_dump()
+    document["teachers"]["smollm2"]["correction"] = {"max_steps": 20}
+    return Experiment.model_validate(document)
+
+
+def test_a_corrected_teacher_is_a_node_before_whatever_needs_its_weights(with_correction: Experiment):
+    graph = build_definitions(with_correction).resolve_asset_graph()
+    corrected = "corrected_teacher__smollm2"
+    dependent = {"teacher_outputs__smollm2"} | {key for key in GRAPH if key.startswith(("student_checkpoint", "eval_report"))}
+    expected = {key: (group, sorted([*parents, corrected] if key in dependent else parents), checks)
+                for key, (group, parents, checks) in GRAPH.items()}  # fmt: skip
+    expected[corrected] = ("teachers", ["prompt_pool"], ["licence_is_recorded", "quality_gate_is_passed", "rows_are_conserved"])
+    assert graph_of(graph) == expected
+    node = graph.get(dg.AssetKey(corrected))
+    assert (node.kinds, node.tags["distill/teacher"]) == ({"pytorch", "huggingface"}, "smollm2")
+    (asset,) = [asset for asset in build_definitions(with_correction).assets if asset.key == node.key]
+    assert (asset.op.pool, MODEL_STEP_TAG in asset.op.tags) == ("student_gpu", True)
+
+
+def test_a_correction_is_made_where_students_are_and_its_curve_is_shown(
+    with_correction: Experiment, materialize, script, monkeypatch
+):
+    monkeypatch.setenv("DISTILL_STUDENT_DEVICE", "cuda:0")
+    monkeypatch.setenv("DISTILL_TRAIN_PROCESSES", "2")
+    result = materialize('+key:"teacher_outputs__smollm2"', with_correction)
+    assert result.success
+    assert script.made == ["prompt_pool", "corrected_teacher/smollm2", "teacher_outputs/smollm2"]
+    assert script.devices["corrected_teacher/smollm2"][1] == "cuda:0"
+    assert script.launches["corrected_teacher/smollm2"] == Launch(2)
+    (made,) = (e for e in result.get_asset_materialization_events() if e.asset_key.path[0].startswith("corrected"))
+    assert made.materialization.metadata["training_curve"].value.startswith("![loss by step](data:image/png")
+    script.counts["corrected_teacher/smollm2"] = {"prompts": 5, "used": 1, "held_out": 1}
+    script.salt["corrected_teacher/smollm2"] = "a lost row"
+    assert not materialize('+key:"teacher_outputs__smollm2"', with_correction).success
 
 
 def test_only_what_a_student_lacks_is_a_warning_and_every_other_claim_blocks(definitions):

@@ -39,6 +39,17 @@ def test_another_threshold_makes_that_filter_stale_and_neither_teacher_nor_other
     assert stale_assets(instance, stricter) == {FILTERED}
 
 
+def test_another_correction_makes_all_of_its_teacher_stale(materialize, script, instance, quickstart):
+    document = quickstart.model_dump()
+    document["teachers"]["smollm2"]["correction"] = {"lr": 1e-5}
+    assert materialize("*", Experiment.model_validate(document)).success
+    document["teachers"]["smollm2"]["correction"] = {"lr": 1e-4}
+    stale = stale_assets(instance, Experiment.model_validate(document))
+    assert {name.split("/")[0] for name in stale} == {
+        "corrected_teacher", "teacher_outputs", "student_checkpoint", "eval_report",
+    }  # fmt: skip
+
+
 def test_students_are_stale_once_their_filtered_set_has_other_content(materialize, script, instance, stricter):
     assert materialize("*").success
     script.salt[FILTERED] = "other rows"

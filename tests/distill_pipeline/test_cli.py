@@ -37,7 +37,7 @@ def test_help_names_every_stage_in_order() -> None:
     text = run("--help").output
     places = [
         text.index(f"distill {name}")
-        for name in ("plan", "prompts", "generate", "score", "filter", "signals", "train", "evaluate")
+        for name in ("plan", "prompts", "correct", "generate", "score", "filter", "signals", "train", "evaluate")
     ]
     assert places == sorted(places)
     for command in main.commands:

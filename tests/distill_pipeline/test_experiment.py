@@ -70,6 +70,29 @@ def test_a_temperature_without_stored_signals_is_a_fault_of_the_file(document: d
         assert part in text
 
 
+def test_a_correction_without_weights_here_or_of_a_revision_is_a_fault_that_says_why(document: dict[str, Any]) -> None:
+    served = {"model": "big", "engine": "openai", "server": {"base_url": "http://x/v1"}, "correction": {}}
+    document["teachers"] |= {"served": served, "coded": {"model": "m", "trust_remote_code": True, "correction": {}}}
+    document["teachers"]["smollm2"]["correction"] = {"lr": 0, "decay_frac": 0.5}
+    document["scorers"]["elementary"] = [{"kind": "judge", "options": {"model": "smollm2", "revision": "main"}}]
+    text = faults_of(document)
+    assert "teachers.served: correction is for a model that runs here; with engine openai the server would have to" in text
+    assert "teachers.coded: correction trains and saves a model without code of its own; leave it or trust_remote_code" in text
+    assert "teachers.smollm2.correction.lr: Input should be greater than 0" in text
+    assert "scorers.elementary.0.options.revision: teacher smollm2 is corrected, and its corrected weights have no" in text
+    document["teachers"]["smollm2"]["correction"] = {"decay_frac": 0.5, "schedule": "linear"}
+    assert "teachers.smollm2.correction: decay_frac: not read by schedule linear" in faults_of(document)
+
+
+def test_a_corrected_teacher_is_another_model_than_the_same_one_as_it_is(document: dict[str, Any]) -> None:
+    document["teachers"]["twin"] = document["teachers"]["smollm2"] | {"accept": None}
+    document["students"]["kl"]["data"] = ["smollm2/verified", "twin/verified"]
+    parse_experiment(document)
+    for name in ("twin", "smollm2"):  # of two that are corrected each learns its own references
+        document["teachers"][name]["correction"] = {}
+        assert "the rows are of several models (smollm2, twin)" in faults_of(document)
+
+
 def test_an_unknown_scorer_lists_the_known_ones(document: dict[str, Any]) -> None:
     document["scorers"]["elementary"] = [{"kind": "contains_anser"}]
     assert "contains_answer" in faults_of(document)

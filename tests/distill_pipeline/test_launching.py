@@ -30,15 +30,22 @@ def experiment(tmp_path: Path) -> Experiment:
     return load_experiment(tmp_path / "words.yaml")
 
 
-def start(experiment: Experiment, program: str, monkeypatch: pytest.MonkeyPatch, launch: Launch = Launch()) -> list[str]:  # noqa: B008
+def start(
+    experiment: Experiment, program: str, monkeypatch: pytest.MonkeyPatch, launch: Launch = Launch(), **options: str  # noqa: B008
+) -> list[str]:  # fmt: skip
     """What is said when a shell program takes the place of Python."""
     fake = experiment.base_dir / "python"
     fake.write_text("#!/bin/sh\n" + program)
     fake.chmod(0o755)
     monkeypatch.setattr(launching.sys, "executable", str(fake))
     said: list[str] = []
-    train_apart(launch, experiment, "kl", root="/store", device="cpu", force=False, progress=said.append)
+    train_apart(launch, experiment, "kl", root="/store", device="cpu", force=False, progress=said.append, **options)
     return said
+
+
+def test_another_command_that_trains_is_started_alike(experiment, monkeypatch):
+    (line,) = start(experiment, 'echo "$@"', monkeypatch, command="correct")
+    assert line.startswith(f"-m distill_pipeline.cli correct {experiment.file} kl --root /store")
 
 
 def wait_until_gone(pid: int) -> None:

@@ -114,6 +114,80 @@ def test_every_node_comes_after_its_inputs() -> None:
         seen.add(name)
 
 
+CORRECTED = "corrected_teacher/smollm2"
+MADE_BY_ITS_WEIGHTS = {
+    CORRECTED, "teacher_outputs/smollm2",
+    *(f"{stage}/{student}" for stage in ("student_checkpoint", "eval_report") for student in ("kl", "sft", "scratch")),
+}  # fmt: skip
+
+
+def corrected(document: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    teacher = document["teachers"]["smollm2"] | {"correction": fields}
+    return document | {"teachers": document["teachers"] | {"smollm2": teacher}}
+
+
+def test_corrected_weights_stand_between_the_pool_and_whatever_needs_them() -> None:
+    document = corrected(yaml.safe_load(QUICKSTART.with_name("offline.yaml").read_text()))
+    nodes = experiment_nodes(parse_experiment(document))
+    assert nodes[CORRECTED].inputs == ("prompt_pool",)
+    assert nodes[CORRECTED].command == "distill correct EXPERIMENT smollm2"
+    assert {name for name, node in nodes.items() if CORRECTED in node.inputs} == {
+        "teacher_outputs/smollm2", "teacher_signals/smollm2/verified",
+        *(f"{stage}/{name}" for stage in ("student_checkpoint", "eval_report") for name in document["students"]),
+    }  # fmt: skip
+    assert nodes["student_checkpoint/kl"].inputs == ("filtered_set/smollm2/verified", CORRECTED)
+
+
+def test_whoever_scores_with_a_corrected_teacher_depends_on_it() -> None:
+    document = corrected(yaml.safe_load(QUICKSTART.read_text()))
+    plain = {"model": "elsewhere", "license": "mit"}
+    waits = plain | {"sampling": {"n": 2}, "budget": {"accept_target": {"accepted": 1, "at_most": 4}}}
+    document["teachers"] = {"plain": plain, "waits": waits} | document["teachers"]
+    document["scorers"] = {"*": [{"kind": "judge", "options": {"model": "smollm2"}}]}
+    nodes = experiment_nodes(parse_experiment(document))
+    assert nodes["teacher_outputs/plain"].inputs == ("prompt_pool",)
+    assert nodes["teacher_outputs/waits"].inputs == ("prompt_pool", CORRECTED)
+    for teacher in document["teachers"]:
+        assert nodes[f"scored_outputs/{teacher}"].inputs == ("prompt_pool", f"teacher_outputs/{teacher}", CORRECTED)
+    assert list(nodes).index(CORRECTED) < list(nodes).index("teacher_outputs/plain")
+
+
+def test_without_a_correction_nothing_moves() -> None:
+    document = yaml.safe_load(QUICKSTART.read_text())
+    document["teachers"]["smollm2"]["correction"] = None
+    nodes = experiment_nodes(parse_experiment(document))
+    assert {name: node.code_version for name, node in nodes.items()} == versions(yaml.safe_load(QUICKSTART.read_text()))
+    assert "correction" not in str([node.spec for node in nodes.values()])
+
+
+def test_versions_are_those_of_before_there_were_corrections() -> None:
+    """A fixed experiment; raise its numbers together with a stage's ALGORITHM only."""
+    document: dict[str, Any] = {
+        "name": "fixed", "seed": 3, "prompt_pool": {"sources": [{"path": "p.jsonl", "license": "cc0-1.0"}]},
+        "teachers": {"t": {"model": "m", "license": "mit"}}, "filters": {"f": {}},
+        "students": {
+            "s": {"data": ["t/f"], "init": {"scratch": {"layers": 1}},
+                  "stages": [{"method": "sft"}, {"method": "logit_kd", "schedule": "wsd", "signal": "topk"}]},
+        },
+        "evaluation": {"tasks": ["x"]},
+    }  # fmt: skip
+    assert {name: version for name, version in versions(document).items() if name.startswith(("teacher", "student"))} == {
+        "teacher_outputs/t": "b10c75a7b393d024", "teacher_signals/t/f": "a5ead2fa78f01efa",
+        "student_checkpoint/s": "fae312a797172885",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("fields", "moved"),
+    [({"lr": 1e-4}, MADE_BY_ITS_WEIGHTS), ({"alternatives": False}, MADE_BY_ITS_WEIGHTS),
+     ({"micro_batch_tokens": 64, "gradient_checkpointing": True}, set())],
+)  # fmt: skip
+def test_an_edit_of_a_correction_makes_everything_of_its_teacher_stale(fields: dict[str, Any], moved: set[str]) -> None:
+    document = yaml.safe_load(QUICKSTART.read_text())
+    before, after = versions(corrected(document, epochs=2)), versions(corrected(document, epochs=2, **fields))
+    assert {name for name in before if before[name] != after[name]} == moved
+
+
 @pytest.mark.parametrize(
     ("edit", "value", "expected"),
     [

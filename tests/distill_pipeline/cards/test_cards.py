@@ -84,6 +84,16 @@ def test_an_accepted_licence_stands_in_both_cards_with_its_reason(tmp_path: Path
         assert "cc-by-nc-4.0" in str(metadata(text)["license"]) + metadata(text).get("license_name", "")
 
 
+def test_a_student_of_corrected_weights_has_their_original_as_its_base(tmp_path: Path) -> None:
+    original = {"model": "meta-llama/Big", "revision": COMMIT, "identity": "o"}
+    facts = teacher("mit", model="meta-llama/Big (corrected)", identity="corrected", correction=original)
+    text = model_card(tmp_path, facts, base=ModelFolder(tmp_path, "meta-llama/Big (corrected)", None, "corrected", None))
+    assert metadata(text)["base_model"] == "meta-llama/Big"
+    assert "meta\\-llama\\/Big \\(corrected\\)" in text
+    other = model_card(tmp_path, facts, base=ModelFolder(tmp_path, "org/student", COMMIT, "its own", None))
+    assert metadata(other)["base_model"] == "org/student"
+
+
 def test_a_data_card_tells_what_was_left_out_and_why(tmp_path: Path) -> None:
     text = data_card(tmp_path, teacher("mit"))
     assert "| rejected: truncated | 4 |".replace(":", "\\:") in text

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from distill_pipeline.report.build import build_comparison
-from distill_pipeline.report.html import comparison_html
-from distill_pipeline.report.markdown import comparison_markdown, comparison_text
+from distill_pipeline.report.html import comparison_html, student_html
+from distill_pipeline.report.markdown import comparison_markdown, comparison_text, student_markdown
 
 MakeReport = Callable[..., dict[str, Any]]
 MakeEvaluation = Callable[..., dict[str, Any]]
@@ -78,6 +78,20 @@ def test_text_table_is_aligned_and_names_the_baselines(reports: list[dict[str, A
         column = header.index("score")
         assert row[column - 1] == " "
         assert row[column].isdigit()
+
+
+def test_a_corrected_teacher_is_called_so_wherever_it_is_named(make_report: MakeReport) -> None:
+    report = make_report(teacher="smollm2+other")
+    correction = {"references": 40, "untrained_loss": 2.5, "final_loss": 1.25}
+    report["teachers"][0]["correction"] = correction
+    comparison = build_comparison([report])
+    assert comparison["leaderboard"][0]["teacher"] == "smollm2 (corrected)+other"
+    for page in (comparison_html(comparison), comparison_text(comparison), student_html(report)):
+        assert "smollm2 (corrected)" in page
+    assert "on 40 references: loss 2.5 before, 1.25 at the end" in student_html(report)
+    for text in (comparison_markdown(comparison), student_markdown(report)):
+        assert "smollm2 \\(corrected\\)" in text
+    assert "corrected" not in student_html(make_report()).lower()
 
 
 def test_text_table_says_on_how_many_tokens_each_student_was_trained(reports: list[dict[str, Any]]) -> None:

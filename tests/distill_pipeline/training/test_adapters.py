@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 from distill_pipeline.errors import ConfigError, MissingExtraError
 from distill_pipeline.hashing import file_sha256
+from distill_pipeline.learning import LoraSpec
 from distill_pipeline.models.load import load_model
 from distill_pipeline.models.output_head import output_head
 from distill_pipeline.models.resolve import ModelFolder
@@ -21,7 +22,7 @@ from distill_pipeline.training.batches import Example
 from distill_pipeline.training.checkpoints import model_tensors, optimizer_tensors
 from distill_pipeline.training.loop import ModelPair, accumulate_gradients
 from distill_pipeline.training.optim import make_optimizer
-from distill_pipeline.training.spec import LoraSpec, StudentSpec, TrainStageSpec
+from distill_pipeline.training.spec import StudentSpec, TrainStageSpec
 from distill_pipeline.training.stage import train_student
 
 PROBE = torch.tensor([[3, 4, 5, 6, 7]])
