@@ -9,7 +9,7 @@ from typing import Any
 
 from distill_pipeline.errors import VocabularyMismatchError
 from distill_pipeline.rendering import ChatRenderer
-from distill_pipeline.training.batches import Example
+from distill_pipeline.training.examples import Example
 from distill_pipeline.training.held_out import teacher_agreement
 from distill_pipeline.training.layout import choose_layout
 

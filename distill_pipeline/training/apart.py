@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill_pipeline.training.batches import Example, MicroBatch, micro_batches
+from distill_pipeline.training.batches import MicroBatch, micro_batches
+from distill_pipeline.training.examples import Example
 from distill_pipeline.training.layout import forward_precision, hidden_states
 from distill_pipeline.training.parallel import ALONE, PLAIN, HeldModel, Processes
 

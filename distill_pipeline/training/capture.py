@@ -37,8 +37,10 @@ from distill_pipeline.signals.files import SignalHeader, file_prefix, list_type,
 from distill_pipeline.signals.spec import SignalKind, SignalsSpec
 from distill_pipeline.signals.stores import STORES
 from distill_pipeline.storage.files import write_whole
-from distill_pipeline.training.batches import Example, Layout, encode_row, micro_batches
+from distill_pipeline.training.batches import micro_batches
+from distill_pipeline.training.examples import Example, encode_row
 from distill_pipeline.training.layout import choose_layout, hidden_states
+from distill_pipeline.training.trees import Layout
 
 PART_TOKENS = 65_536
 """Completion tokens after which a part ends: some MB of files, and at most so much work is lost by a kill."""

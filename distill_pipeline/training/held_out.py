@@ -21,13 +21,15 @@ from distill_pipeline.errors import TrainingError
 from distill_pipeline.hashing import unit_interval
 from distill_pipeline.losses import forward_kl
 from distill_pipeline.models.forward import LOGIT_CELLS, evaluating
-from distill_pipeline.training.batches import Example, ExampleSet, Layout, micro_batches
+from distill_pipeline.training.batches import micro_batches
 from distill_pipeline.training.checkpoints import model_tensors, put_tensors
+from distill_pipeline.training.examples import Example, ExampleSet
 from distill_pipeline.training.layout import place_logits
 from distill_pipeline.training.parallel import ALONE, PLAIN, HeldModel, Processes, training_cost, whole_tensors
 from distill_pipeline.training.position import StagePosition
 from distill_pipeline.training.reading import REASONING_TASK
 from distill_pipeline.training.spec import EarlyStopSpec, HeldOutSpec
+from distill_pipeline.training.trees import Layout
 
 KL, TOP1 = "held_out_kl", "held_out_top1"
 """Columns of the curve, null in steps without a comparison."""

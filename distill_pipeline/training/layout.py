@@ -26,7 +26,9 @@ from torch import Tensor
 
 from distill_pipeline.learning import Precision
 from distill_pipeline.models.forward import column_logits, evaluating
-from distill_pipeline.training.batches import ATTENTION_TOKENS, ROW_TOKENS, Example, Layout, MicroBatch, micro_batches
+from distill_pipeline.training.batches import MicroBatch, micro_batches
+from distill_pipeline.training.examples import Example
+from distill_pipeline.training.trees import ATTENTION_TOKENS, ROW_TOKENS, Layout
 
 MASKING_ATTENTION = {"sdpa", "eager"}
 """Attention implementations of transformers that take a mask of any shape."""

@@ -25,8 +25,9 @@ from distill_pipeline.models.output_head import OutputHead
 from distill_pipeline.outcome import Progress
 from distill_pipeline.signals.table import StoredSignals
 from distill_pipeline.training.apart import TeacherReading, read_apart
-from distill_pipeline.training.batches import Example, ExampleSet, Layout, MicroBatch, epoch_order, micro_batches
+from distill_pipeline.training.batches import MicroBatch, micro_batches
 from distill_pipeline.training.checkpoints import Checkpoint, save_checkpoint
+from distill_pipeline.training.examples import Example, ExampleSet, epoch_order
 from distill_pipeline.training.head import POLICY_GRADIENT, head_loss
 from distill_pipeline.training.held_out import BestWeights, HeldOut, comparisons, has_settled, held_out_text
 from distill_pipeline.training.layout import forward_precision, hidden_states
@@ -37,6 +38,7 @@ from distill_pipeline.training.position import StagePosition
 from distill_pipeline.training.progress import StageClock
 from distill_pipeline.training.rollouts import StudentSampler, answers_itself
 from distill_pipeline.training.spec import TrainStageSpec
+from distill_pipeline.training.trees import Layout
 
 CHECKPOINT_SHARE = 0.05
 """Most of the training time that checkpoints may take: a slow disk makes them rarer."""

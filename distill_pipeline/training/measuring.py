@@ -10,7 +10,8 @@ import torch
 
 from distill_pipeline.models.forward import evaluating
 from distill_pipeline.models.output_head import OutputHead
-from distill_pipeline.training.batches import Example, micro_batches
+from distill_pipeline.training.batches import micro_batches
+from distill_pipeline.training.examples import Example
 from distill_pipeline.training.head import CHUNK_TOKENS, head_loss
 from distill_pipeline.training.layout import forward_precision, hidden_states
 

@@ -30,7 +30,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from distill_pipeline.errors import ConfigError
-from distill_pipeline.training.batches import Example, MicroBatch, micro_batches
+from distill_pipeline.training.batches import MicroBatch, micro_batches
+from distill_pipeline.training.examples import Example
 from distill_pipeline.training.student import decoder_layers
 
 Result = TypeVar("Result")

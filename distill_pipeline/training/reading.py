@@ -17,7 +17,7 @@ import pyarrow as pa
 from distill_pipeline.reasoning import THINK_TAGS, split_reasoning
 from distill_pipeline.records import TRAINING_SCHEMA
 from distill_pipeline.system_prompts import SystemPrompts
-from distill_pipeline.training.batches import ExampleSet
+from distill_pipeline.training.examples import ExampleSet
 
 Target = Literal["trace", "answer", "both"]
 Row = dict[str, Any]

@@ -24,7 +24,7 @@ from distill_pipeline.generation.shared_prefix import SharedPrefixDecoder
 from distill_pipeline.hashing import unit_interval
 from distill_pipeline.models.forward import evaluating
 from distill_pipeline.rendering import ChatRenderer
-from distill_pipeline.training.batches import Example
+from distill_pipeline.training.examples import Example
 from distill_pipeline.training.layout import forward_precision
 from distill_pipeline.training.parallel import ALONE, PLAIN, HeldModel, Processes
 from distill_pipeline.training.served_rollouts import ServedRollouts

@@ -36,8 +36,8 @@ from distill_pipeline.signals.files import Wanted
 from distill_pipeline.signals.spec import SignalsSpec
 from distill_pipeline.signals.table import SignalSource, StoredSignals, open_signals
 from distill_pipeline.training.adapters import add_adapters
-from distill_pipeline.training.batches import Example, ExampleSet, Layout, encode_examples, epoch_order
 from distill_pipeline.training.checkpoints import Checkpoint, latest_checkpoint, remove_checkpoints, written_or_removed
+from distill_pipeline.training.examples import Example, ExampleSet, encode_examples, epoch_order
 from distill_pipeline.training.held_out import KL, TOP1, HeldOut, held_out_facts, split_held_out
 from distill_pipeline.training.layout import choose_layout, compute_dtype
 from distill_pipeline.training.loop import ModelPair, TrainingRun
@@ -48,6 +48,7 @@ from distill_pipeline.training.rollouts import StudentSampler, length_limit, rol
 from distill_pipeline.training.served_rollouts import served_rollouts
 from distill_pipeline.training.spec import ALGORITHM, StudentSpec
 from distill_pipeline.training.student import InitialStudent, initial_student
+from distill_pipeline.training.trees import Layout
 
 CALIBRATION_EXAMPLES = 24
 """Prompts, with one completion each, on which layers and the untrained student are measured."""

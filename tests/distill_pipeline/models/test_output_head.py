@@ -22,7 +22,7 @@ from transformers import (
 
 from distill_pipeline.errors import TrainingError
 from distill_pipeline.models.output_head import OutputHead, output_head
-from distill_pipeline.training.batches import Example
+from distill_pipeline.training.examples import Example
 from distill_pipeline.training.loop import ModelPair, accumulate_gradients
 from distill_pipeline.training.spec import TrainStageSpec
 

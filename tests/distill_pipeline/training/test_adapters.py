@@ -18,8 +18,8 @@ from distill_pipeline.models.output_head import output_head
 from distill_pipeline.models.resolve import ModelFolder
 from distill_pipeline.training import loop
 from distill_pipeline.training.adapters import add_adapters
-from distill_pipeline.training.batches import Example
 from distill_pipeline.training.checkpoints import model_tensors, optimizer_tensors
+from distill_pipeline.training.examples import Example
 from distill_pipeline.training.loop import ModelPair, accumulate_gradients
 from distill_pipeline.training.optim import make_optimizer
 from distill_pipeline.training.spec import StudentSpec, TrainStageSpec

@@ -14,7 +14,7 @@ from distill_pipeline.models.load import load_model, load_tokenizer
 from distill_pipeline.models.output_head import output_head
 from distill_pipeline.models.resolve import ModelFolder
 from distill_pipeline.rendering import ChatRenderer
-from distill_pipeline.training.batches import Example, encode_examples
+from distill_pipeline.training.examples import Example, encode_examples
 from distill_pipeline.training.loop import ModelPair, accumulate_gradients
 from distill_pipeline.training.spec import TrainStageSpec
 from distill_pipeline.training.stage import train_student

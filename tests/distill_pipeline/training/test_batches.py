@@ -12,20 +12,11 @@ from hypothesis import strategies as st
 from distill_pipeline.errors import TrainingError
 from distill_pipeline.models.output_head import output_head
 from distill_pipeline.rendering import ChatRenderer
-from distill_pipeline.training.batches import (
-    Example,
-    ExampleSet,
-    Layout,
-    MicroBatch,
-    _common,
-    _neighbours,
-    encode_examples,
-    epoch_order,
-    micro_batches,
-    sequences_of,
-)
+from distill_pipeline.training.batches import MicroBatch, micro_batches
+from distill_pipeline.training.examples import Example, ExampleSet, encode_examples, epoch_order
 from distill_pipeline.training.loop import ModelPair, accumulate_gradients
 from distill_pipeline.training.spec import TrainStageSpec
+from distill_pipeline.training.trees import Layout, _common, _neighbours, sequences_of
 
 END = 2
 TOKENS = st.integers(3, 9)  # few ids, so that completions often begin alike

@@ -18,7 +18,7 @@ from distill_pipeline.models.load import load_model
 from distill_pipeline.models.resolve import ModelFolder
 from distill_pipeline.outcome import Outcome
 from distill_pipeline.training import loop
-from distill_pipeline.training.batches import Example, ExampleSet, encode_examples
+from distill_pipeline.training.examples import Example, ExampleSet, encode_examples
 from distill_pipeline.training.held_out import BestWeights, has_settled, split_held_out, teacher_agreement
 from distill_pipeline.training.reading import REASONING_TASK
 from distill_pipeline.training.spec import EarlyStopSpec, HeldOutSpec, StudentSpec

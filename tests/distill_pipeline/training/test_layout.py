@@ -29,7 +29,8 @@ from distill_pipeline.models.load import load_tokenizer
 from distill_pipeline.models.output_head import output_head
 from distill_pipeline.models.resolve import ModelFolder
 from distill_pipeline.training import stage
-from distill_pipeline.training.batches import Example, micro_batches
+from distill_pipeline.training.batches import micro_batches
+from distill_pipeline.training.examples import Example
 from distill_pipeline.training.layout import choose_layout, hidden_states
 from distill_pipeline.training.loop import ModelPair, accumulate_gradients
 from distill_pipeline.training.spec import TrainStageSpec

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from distill_pipeline.errors import ConfigError
 from distill_pipeline.models.resolve import ModelFolder
 from distill_pipeline.training import loop
-from distill_pipeline.training.batches import Example
+from distill_pipeline.training.examples import Example
 from distill_pipeline.training.parallel import Processes, share_of, training_cost
 from distill_pipeline.training.stage import train_student
 

@@ -14,7 +14,7 @@ from distill_pipeline.models.output_head import output_head
 from distill_pipeline.models.resolve import ModelFolder
 from distill_pipeline.nodes import _deciding
 from distill_pipeline.training import loop, optim
-from distill_pipeline.training.batches import Example
+from distill_pipeline.training.examples import Example
 from distill_pipeline.training.layout import compute_dtype
 from distill_pipeline.training.loop import ModelPair, accumulate_gradients
 from distill_pipeline.training.optim import GROWTH_STEPS, LossScale

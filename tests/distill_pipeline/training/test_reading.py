@@ -11,7 +11,7 @@ from distill_pipeline.models.output_head import output_head
 from distill_pipeline.reasoning import split_reasoning
 from distill_pipeline.rendering import ChatRenderer
 from distill_pipeline.system_prompts import SystemPrompts
-from distill_pipeline.training.batches import Example, ExampleSet, encode_examples
+from distill_pipeline.training.examples import Example, ExampleSet, encode_examples
 from distill_pipeline.training.loop import ModelPair, accumulate_gradients
 from distill_pipeline.training.reading import (
     REASONING_REQUEST,

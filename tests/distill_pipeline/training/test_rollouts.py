@@ -13,7 +13,7 @@ from distill_pipeline.models.load import load_model
 from distill_pipeline.models.output_head import output_head
 from distill_pipeline.models.resolve import ModelFolder
 from distill_pipeline.rendering import ChatRenderer
-from distill_pipeline.training.batches import Example
+from distill_pipeline.training.examples import Example
 from distill_pipeline.training.loop import ModelPair, accumulate_gradients
 from distill_pipeline.training.rollouts import RolloutBatch, StudentSampler, answers_itself, length_limit
 from distill_pipeline.training.spec import RolloutSpec, TrainStageSpec

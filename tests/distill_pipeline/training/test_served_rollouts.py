@@ -26,7 +26,7 @@ from distill_pipeline.models.resolve import ModelFolder
 from distill_pipeline.rendering import ChatRenderer
 from distill_pipeline.training import loop, rollout_server
 from distill_pipeline.training.adapters import add_adapters
-from distill_pipeline.training.batches import Example
+from distill_pipeline.training.examples import Example
 from distill_pipeline.training.handed_weights import MARK, WeightsFolder
 from distill_pipeline.training.parallel import ALONE, Processes
 from distill_pipeline.training.rollout_server import RolloutServer

@@ -23,7 +23,7 @@ from distill_pipeline.models.load import load_model, load_tokenizer
 from distill_pipeline.models.resolve import ModelFolder
 from distill_pipeline.outcome import Outcome
 from distill_pipeline.training import apart, loop, measuring, stage
-from distill_pipeline.training.batches import epoch_order
+from distill_pipeline.training.examples import epoch_order
 from distill_pipeline.training.position import StagePosition, learning_rate, stage_steps
 from distill_pipeline.training.spec import StudentSpec, TrainStageSpec
 from distill_pipeline.training.stage import different_ids, parameters_sha256, train_student
