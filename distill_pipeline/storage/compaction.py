@@ -8,7 +8,7 @@ that ends with the process. Whoever has an index of the old parts finds them gon
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import groupby
 from pathlib import Path
 
@@ -66,8 +66,12 @@ def merge_small_parts(
 
 
 def _sizes(folder: Path) -> dict[Path, int]:
-    """Bytes of each part, oldest first."""
-    return {part: part.stat().st_size for part in part_files(folder) if part.exists()}
+    """Bytes of each part, oldest first, but for those that another process takes away meanwhile."""
+    found: dict[Path, int] = {}
+    for part in part_files(folder):
+        with suppress(FileNotFoundError):
+            found[part] = part.stat().st_size
+    return found
 
 
 def _small_groups(sizes: Mapping[Path, int], min_parts: int, what: str) -> list[list[Path]]:

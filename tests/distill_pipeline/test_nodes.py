@@ -173,7 +173,7 @@ def test_versions_are_those_of_before_there_were_corrections() -> None:
     }  # fmt: skip
     assert {name: version for name, version in versions(document).items() if name.startswith(("teacher", "student"))} == {
         "teacher_outputs/t": "b10c75a7b393d024", "teacher_signals/t/f": "a5ead2fa78f01efa",
-        "student_checkpoint/s": "fae312a797172885",
+        "student_checkpoint/s": "4cd0f7bca7863a80",
     }  # fmt: skip
 
 

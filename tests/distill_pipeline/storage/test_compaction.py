@@ -81,6 +81,15 @@ def test_a_merged_part_has_not_too_many_rows_for_memory_however_small_it_is(
     assert opened(tmp_path).read(KEYS[:40]).keys() == set(KEYS[:40])
 
 
+def test_parts_that_another_process_takes_away_meanwhile_are_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = fill(tmp_path, KEYS[:20])
+    listed = part_files(store.folder)
+    for part in listed[:10]:
+        part.unlink()
+    monkeypatch.setattr(compaction, "part_files", lambda folder: listed)
+    assert not compaction.merge_small_parts(store.folder, what="store", merge_notes=lambda notes: {}, min_parts=11)
+
+
 def test_of_two_answers_the_first_stays_first_also_past_a_part_that_is_not_merged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,6 +21,7 @@ import pytest
 import torch
 
 from distill_pipeline.errors import ConfigError, MissingExtraError, TrainingError
+from distill_pipeline.learning import LoraSpec
 from distill_pipeline.models.load import load_model, load_tokenizer, silent_bars
 from distill_pipeline.models.resolve import ModelFolder
 from distill_pipeline.rendering import ChatRenderer
@@ -32,7 +33,7 @@ from distill_pipeline.training.parallel import ALONE, Processes
 from distill_pipeline.training.rollout_server import RolloutServer
 from distill_pipeline.training.rollouts import RolloutBatch, StudentSampler
 from distill_pipeline.training.served_rollouts import ServedRollouts
-from distill_pipeline.training.spec import LoraSpec, RolloutSpec
+from distill_pipeline.training.spec import RolloutSpec
 from distill_pipeline.training.stage import train_student
 
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
