@@ -30,6 +30,7 @@ from distill_pipeline.storage.parts import (
     RecentParts,
     part_files,
     read_part,
+    read_rows,
     remove_abandoned,
     several_at_once,
 )
@@ -133,7 +134,7 @@ class GenerationStore:
     def _read(self, keys: Sequence[str], columns: Sequence[str]) -> list[pa.Table]:
         def chosen(found: tuple[int, np.ndarray[Any, Any]]) -> pa.Table:
             part, rows = self._parts[found[0]], found[1]
-            return read_part(part, columns, what=_WHAT, fetch=self._recent.open).take(pa.array(rows))
+            return read_rows(part, rows, columns, what=_WHAT, fetch=self._recent.open)
 
         return list(several_at_once(self.folder, chosen, self._index.rows_by_part(keys).items()))
 

@@ -15,13 +15,15 @@ from pathlib import Path
 import pyarrow as pa
 
 from distill_pipeline.storage.files import sync
-from distill_pipeline.storage.parts import part_files, part_name, read_part, write_part
+from distill_pipeline.storage.parts import opened_part, part_files, part_name, write_part
 
 SMALL_BYTES = 4 << 20
 LARGE_BYTES = 16 << 20
-"""Parts below the first are merged into parts of at most the second: readers have a whole part in memory."""
-LARGE_ROWS = 40_000
-"""Nor do merged parts have more rows than this: answers that are much alike take few bytes on disk, all of them in memory."""
+"""Parts below the first are merged into parts of at most the second, which remote readers would have in memory."""
+LARGE_ROWS = 100_000
+"""Nor do merged parts have more rows than this, whose keys are read together."""
+PIECE_ROWS = 2048
+"""Rows of a merged part that are read and written together: what is in memory, however much alike they are on disk."""
 MIN_PARTS = 16
 """So many small neighbours are worth one merge: a row is then written anew a few times in all."""
 
@@ -52,17 +54,36 @@ def merge_small_parts(
     with _alone(folder) as is_alone:
         if not is_alone:
             return False
-        notes_of_all = [read_part(part, [], what=what).schema.metadata for part in part_files(folder)]
+        notes_of_all = [_schema(part, what).metadata for part in part_files(folder)]
         _remove(folder, (name for found in notes_of_all for name in replaced_by(found)))  # Left by one that was killed.
         groups = _small_groups(_sizes(folder), min_parts, what)
         for group in groups:
-            tables = [read_part(part, None, what=what) for part in group]
-            notes = merge_notes([table.schema.metadata or {} for table in tables])
+            schemas = [_schema(part, what) for part in group]
+            notes = merge_notes([schema.metadata or {} for schema in schemas])
             notes[_REPLACES] = json.dumps([part.name for part in group])
-            merged = pa.concat_tables(tables, promote_options="default").replace_schema_metadata(notes)
-            write_part(folder / part_name(group[0].name.split("-")[1]), merged)
+            schema = pa.unify_schemas(schemas).with_metadata(notes)
+            write_part(folder / part_name(group[0].name.split("-")[1]), _pieces(group, schema, what), schema)
             _remove(folder, (part.name for part in group))
     return bool(groups)
+
+
+def _schema(part: Path, what: str) -> pa.Schema:
+    with opened_part(part, what=what) as file:
+        return file.schema_arrow
+
+
+def _pieces(parts: Sequence[Path], schema: pa.Schema, what: str) -> Iterator[pa.Table]:
+    """The rows of some parts in order, with all columns of ``schema``, in pieces of PIECE_ROWS or a little more."""
+    waiting = [schema.empty_table()]
+    for part in parts:
+        with opened_part(part, what=what) as file:
+            for number in range(file.num_row_groups):
+                waiting.append(file.read_row_group(number))
+                if sum(map(len, waiting)) >= PIECE_ROWS:
+                    yield pa.concat_tables(waiting, promote_options="default")
+                    del waiting[1:]
+    if len(waiting) > 1:
+        yield pa.concat_tables(waiting, promote_options="default")
 
 
 def _sizes(folder: Path) -> dict[Path, int]:
@@ -80,7 +101,8 @@ def _small_groups(sizes: Mapping[Path, int], min_parts: int, what: str) -> list[
     for is_small, run in groupby(sizes, key=lambda part: sizes[part] < SMALL_BYTES):
         filled, num_rows = LARGE_BYTES, LARGE_ROWS
         for part in run if is_small else ():
-            own = len(read_part(part, [], what=what))
+            with opened_part(part, what=what) as file:
+                own = file.metadata.num_rows
             if filled + sizes[part] > LARGE_BYTES or num_rows + own > LARGE_ROWS:
                 groups.append([])
                 filled = num_rows = 0

@@ -13,6 +13,7 @@ import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 from typing import Any, TypeVar, overload
@@ -64,18 +65,18 @@ def part_name(stamp: str | None = None) -> str:
     return f"part-{stamp or f'{time.time_ns():020d}'}-{uuid.uuid4().hex[:12]}.parquet"
 
 
-def write_part(part: Place, table: pa.Table) -> None:
-    """Add a part; once this returns a crash cannot lose it."""
+def write_part(part: Place, tables: Iterable[pa.Table], schema: pa.Schema) -> None:
+    """Add a part; once this returns a crash cannot lose it. Each table is a piece that can be read by itself."""
     if isinstance(part, RemotePath):
         buffer = pa.BufferOutputStream()
-        pq.write_table(table, buffer, compression="zstd")
+        _write_tables(buffer, tables, schema)
         part.write_bytes(buffer.getvalue().to_pybytes())
         return
     part.parent.mkdir(parents=True, exist_ok=True)
     temporary = part.with_name(part.name.replace("part-", ".tmp-"))
     try:
         with temporary.open("wb") as file:
-            pq.write_table(table, file, compression="zstd")
+            _write_tables(file, tables, schema)
             file.flush()
             os.fsync(file.fileno())
     except OSError:
@@ -85,30 +86,59 @@ def write_part(part: Place, table: pa.Table) -> None:
     sync(part.parent)
 
 
-def read_part(
-    part: Place, columns: Sequence[str] | None, *, what: str, fetch: Callable[[RemotePath], Any] = RemotePath.open
-) -> pa.Table:
-    """Columns of a part (None: all).
+def _write_tables(file: Any, tables: Iterable[pa.Table], schema: pa.Schema) -> None:
+    with pq.ParquetWriter(file, schema, compression="zstd") as writer:
+        for table in tables:
+            writer.write_table(table)
+
+
+Fetch = Callable[[RemotePath], Any]
+"""Opens a remote part, so that nothing but some columns is fetched, or as :class:`RecentParts` does."""
+
+
+@contextmanager
+def opened_part(part: Place, *, what: str, fetch: Fetch = RemotePath.open) -> Iterator[pq.ParquetFile]:
+    """A part for reading, here and inside.
 
     Args:
         what: what it is a part of, for messages.
-        fetch: opens a remote part, so that nothing but these columns is fetched, or as :class:`RecentParts` does.
     Raises:
         IntegrityError: it is damaged or gone; the message names it.
         StorageError: its filesystem cannot be reached.
     """
-    names = None if columns is None else list(columns)
     try:
-        if isinstance(part, RemotePath):
-            with fetch(part) as file:
-                return pq.ParquetFile(file, pre_buffer=True).read(columns=names)
-        return pq.read_table(part, columns=names, partitioning=None)
+        with fetch(part) if isinstance(part, RemotePath) else part.open("rb") as file:
+            yield pq.ParquetFile(file, pre_buffer=isinstance(part, RemotePath))
     except StorageError:
         raise
     except (pa.ArrowInvalid, OSError) as err:
         raise IntegrityError(
             f"the part {part} of the {what} cannot be read: {err}. Restore it, or remove it: what it held is then made again."
         ) from err
+
+
+def read_part(part: Place, columns: Sequence[str], *, what: str, fetch: Fetch = RemotePath.open) -> pa.Table:
+    """Columns of a part. Raises what :func:`opened_part` raises."""
+    with opened_part(part, what=what, fetch=fetch) as file:
+        return file.read(columns=list(columns))
+
+
+def read_rows(
+    part: Place, rows: np.ndarray[Any, Any], columns: Sequence[str], *, what: str, fetch: Fetch = RemotePath.open
+) -> pa.Table:
+    """Columns of some rows, given by their numbers in rising order; one piece of the part is in memory at a time.
+
+    Raises what :func:`opened_part` raises.
+    """
+    with opened_part(part, what=what, fetch=fetch) as file:
+        sizes = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
+        starts = np.concatenate([[0], np.cumsum(sizes)])
+        piece_of_row = np.searchsorted(starts, rows, side="right") - 1
+        pieces = [
+            file.read_row_group(int(piece), columns=list(columns)).take(pa.array(rows[piece_of_row == piece] - starts[piece]))
+            for piece in np.unique(piece_of_row)
+        ]
+        return pa.concat_tables(pieces)
 
 
 class RecentParts:
@@ -223,13 +253,13 @@ class PartWriter:
         """Write a part, and before it what the folder holds."""
         if isinstance(part, RemotePath):
             self.prepare()
-            write_part(part, table)
+            write_part(part, [table], table.schema)
             return
         name, text = self._about
         try:
             if not (part.parent / name).exists():
                 write_whole(part.parent / name, text)
-            write_part(part, table)
+            write_part(part, [table], table.schema)
         except OSError as err:
             raise storage_error(part, "write", err) from err
 

@@ -31,11 +31,11 @@ from distill_pipeline.sparse_losses import SparseTargets, sparse_divergence_with
 POLICY_GRADIENT = "policy_gradient"
 """In the place of a divergence: reverse_kl estimated from the targets, which the student drew itself."""
 
-CHUNK_TOKENS = 80
+CHUNK_TOKENS = 96
 """Tokens whose logits exist at once: fewer starve the matrix product, more cost memory and gain nothing."""
 
-BLOCK_ELEMENTS = 3 << 18
-"""Logits that the losses work on at once on a CPU: 3 MiB an array, so that a handful stay in the cache."""
+BLOCK_ELEMENTS = 1 << 18
+"""Logits that the losses work on at once on a CPU: 1 MiB an array, so that a handful stay in the cache."""
 
 
 @dataclass(frozen=True)

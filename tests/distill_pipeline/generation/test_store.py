@@ -113,12 +113,12 @@ def test_part_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.Mo
     store = opened(tmp_path)
     store.add([completion(KEYS[0])])
 
-    def fails_half_way(table: Any, file: Any, **options: Any) -> None:
+    def fails_half_way(file: Any, schema: Any, **options: Any) -> None:
         file.write(b"PAR1 half a fi")
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pq, "write_table", fails_half_way)
+        patch.setattr(pq, "ParquetWriter", fails_half_way)
         with pytest.raises(OSError, match="no space left"):
             store.flush()
     assert not opened(tmp_path).has(KEYS).any()

@@ -81,6 +81,28 @@ def test_a_merged_part_has_not_too_many_rows_for_memory_however_small_it_is(
     assert opened(tmp_path).read(KEYS[:40]).keys() == set(KEYS[:40])
 
 
+def test_a_merged_part_is_written_and_read_a_piece_at_a_time_however_small_it_is_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = fill(tmp_path, KEYS[:20])
+    before = store.read(KEYS)
+    monkeypatch.setattr(compaction, "PIECE_ROWS", 6)
+    store.compact()
+    (part,) = part_files(store.folder)
+    about = pq.read_metadata(part)
+    assert [about.row_group(number).num_rows for number in range(about.num_row_groups)] == [6, 6, 6, 2]
+    assert opened(tmp_path).read(KEYS) == before
+    read, pieces = pq.ParquetFile.read_row_group, []
+
+    def counted(file: Any, number: int, **options: Any) -> Any:
+        pieces.append(number)
+        return read(file, number, **options)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", counted)
+    assert store.read([KEYS[13], KEYS[19], KEYS[12]]).keys() == {KEYS[13], KEYS[19], KEYS[12]}
+    assert pieces == [2, 3]
+
+
 def test_parts_that_another_process_takes_away_meanwhile_are_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = fill(tmp_path, KEYS[:20])
     listed = part_files(store.folder)
@@ -149,7 +171,7 @@ def test_a_crash_before_the_merged_part_is_whole_leaves_the_old_ones(tmp_path: P
     store = fill(tmp_path, KEYS[:20])
     names = part_files(store.folder)
     with monkeypatch.context() as patch:
-        patch.setattr(pq, "write_table", lambda *_, **__: 1 / 0)
+        patch.setattr(pq.ParquetWriter, "write_table", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             store.compact()
     assert part_files(store.folder) == names
