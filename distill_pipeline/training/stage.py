@@ -83,6 +83,8 @@ class _Text:
     examples: ExampleSet
     held_out: list[Example]
     counts: dict[str, int]
+    fingerprint: str
+    """Of all examples."""
 
 
 def train_student(
@@ -122,26 +124,13 @@ def train_student(
     """
     device = processes.device(resolve_device(device))
     progress = progress if processes.is_first else silent
-    renderer, owner = _renderer(student, teacher, init_model, system)
-    own_renderer = None
-    if any(stage.reads_apart for stage in student.stages):
-        assert teacher is not None, "the experiment file checks that its weights are here"
-        own_renderer = renderer if owner == "teacher" else ChatRenderer(load_tokenizer(teacher.path), system=system)
-    stored = _stored_signals(student, renderer, signals, signal_sources, work_dir / "signals" / str(processes.rank))
-    opened = "" if student.target == "trace" else opening_of(renderer)
-    rows = rows_for_target(training_batches, student.target, opened=opened)
-    examples, counts = encode_examples(
-        rows, renderer, max_length=student.max_length, signal_row=stored.row if stored else None, own_renderer=own_renderer
-    )
-    training, held_out, counts = split_held_out(examples, counts, student.held_out)
-    if student.target == "both":
-        counts |= {f"{task}_tokens": number for task, number in weigh_tasks(training, student.answer_weight).items()}
-    text = _Text(renderer, owner, own_renderer, training, held_out, counts)
+    stored_dir = work_dir / "signals" / str(processes.rank)
+    text, stored = _read(training_batches, student, teacher, init_model, system, signals, signal_sources, stored_dir)
     run_key = version_of(
         {"algorithm": ALGORITHM, "student": student.resumable_document(), "seed": seed,
          "teacher": teacher.identity if teacher else None,
          "init_model": init_model.identity if init_model else None, "renderer": text.renderer.fingerprint,
-         "data": examples.fingerprint(), "device": torch.device(device).type}
+         "data": text.fingerprint, "device": torch.device(device).type}
     )  # fmt: skip
     checkpoint_dir = work_dir / "checkpoints"
     resume = latest_checkpoint(checkpoint_dir, run_key, progress)
@@ -220,6 +209,28 @@ def parameters_sha256(model: Any) -> str:
         whole: Any = whole_tensor(parameter.detach()).cpu()
         digest.update(memoryview(whole.contiguous().view(-1).view(torch.uint8).numpy()))
     return digest.hexdigest()
+
+
+def _read(
+    training_batches: Iterable[pa.RecordBatch], student: StudentSpec, teacher: ModelFolder | None,
+    init_model: ModelFolder | None, system: str | None, signals: SignalsSpec, sources: Sequence[SignalSource], stored_dir: Path,
+) -> tuple[_Text, StoredSignals | None]:  # fmt: skip
+    """The training rows as the student reads them, and what was stored of the teacher where a stage reads that."""
+    renderer, owner = _renderer(student, teacher, init_model, system)
+    own_renderer = None
+    if any(stage.reads_apart for stage in student.stages):
+        assert teacher is not None, "the experiment file checks that its weights are here"
+        own_renderer = renderer if owner == "teacher" else ChatRenderer(load_tokenizer(teacher.path), system=system)
+    stored = _stored_signals(student, renderer, signals, sources, stored_dir)
+    opened = "" if student.target == "trace" else opening_of(renderer)
+    rows = rows_for_target(training_batches, student.target, opened=opened)
+    examples, counts = encode_examples(
+        rows, renderer, max_length=student.max_length, signal_row=stored.row if stored else None, own_renderer=own_renderer
+    )
+    training, held_out, counts = split_held_out(examples, counts, student.held_out)
+    if student.target == "both":
+        counts |= {f"{task}_tokens": number for task, number in weigh_tasks(training, student.answer_weight).items()}
+    return _Text(renderer, owner, own_renderer, training, held_out, counts, examples.fingerprint()), stored
 
 
 def _renderer(
