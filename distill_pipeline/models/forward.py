@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 LOGIT_CELLS = 32_000_000
@@ -23,6 +24,32 @@ def evaluating(model: Any) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
+
+
+@contextmanager
+def in_float32(model: Any) -> Iterator[None]:
+    """Inside, a model computes in float32 whatever its weights are in: each module's are widened while it runs, no longer."""
+    narrow: dict[Any, Tensor] = {}
+
+    def widen(module: Any, _args: Any) -> None:
+        for parameter in module.parameters(recurse=False):
+            if parameter.is_floating_point() and parameter.dtype != torch.float32:
+                narrow[parameter], parameter.data = parameter.data, parameter.data.float()
+
+    def restore(module: Any, *_: Any) -> None:
+        for parameter in module.parameters(recurse=False):
+            if parameter in narrow:
+                parameter.data = narrow.pop(parameter)
+
+    handles = [handle for module in model.modules()
+               for handle in (module.register_forward_pre_hook(widen), module.register_forward_hook(restore))]  # fmt: skip
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter, data in narrow.items():
+            parameter.data = data
 
 
 def column_logits(model: Any, inputs: Mapping[str, Any], columns_C: Tensor) -> Tensor:

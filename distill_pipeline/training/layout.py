@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from distill_pipeline.learning import Precision
-from distill_pipeline.models.forward import column_logits, evaluating
+from distill_pipeline.models.forward import column_logits, evaluating, in_float32
 from distill_pipeline.training.batches import MicroBatch, micro_batches
 from distill_pipeline.training.examples import Example
 from distill_pipeline.training.trees import ATTENTION_TOKENS, ROW_TOKENS, Layout
@@ -131,7 +131,7 @@ def _reads_trees(model: Any, longest: int, num_tokens: int) -> bool:
     further = [tuple(draw.choices(vocab, k=size)) for _ in range(num_tokens // (size // 2) + 1)]
     example = Example("probe", tuple(ids[:4]), (tuple(ids[3:7]), tuple(ids[2:8]), (*ids[3:5], ids[0], ids[1]), *further))
     try:
-        with evaluating(model), torch.no_grad():
+        with evaluating(model), in_float32(model), torch.no_grad():
             shared, plain = (_by_completion(model, example, layout) for layout in ("shared", "plain"))
     except TRIAL_ERRORS:
         return False
@@ -163,12 +163,14 @@ def _row_obstacle(model: Any, longest: int) -> str | None:
     changed = [ids if i % 2 else (ids[0], *(3 + (token - 2) % 7 for token in ids[1:])) for i, ids in enumerate(texts)]
     is_same_M = torch.tensor([i % 2 == 1 for i, size in enumerate(lengths) for _ in range(size)])
     try:
-        with evaluating(model), torch.no_grad():
+        widened = in_float32(model) if _takes_masks(model) else contextlib.nullcontext()  # flash kernels take no float32
+        with evaluating(model), widened, torch.no_grad():
             alone_MH = _by_token(model, texts, "plain", 1)
             packed_MH, again_MH = (_by_token(model, some, "varlen", row_tokens) for some in (texts, changed))
     except TRIAL_ERRORS as err:
         return f"a trial of packed sequences failed with {type(err).__name__}: {str(err).partition(chr(10))[0][:200]}"
-    scale, rounding = float(alone_MH.abs().max()), 4 * torch.finfo(model.dtype).eps
+    rounding = 0.0 if _takes_masks(model) else 4 * torch.finfo(model.dtype).eps
+    scale = float(alone_MH.abs().max())
     if not torch.allclose(packed_MH[is_same_M], again_MH[is_same_M], atol=max(LEAK_TOLERANCE, rounding) * scale, rtol=0.0):
         return f"in a trial with {length} tokens a packed sequence saw another one"
     if not torch.allclose(packed_MH, alone_MH, atol=max(PROBE_TOLERANCE, rounding) * scale, rtol=0.0):

@@ -3,6 +3,7 @@
 Not covered: flash attention's own kernels, which want CUDA. All of transformers' code before and behind them runs here.
 """
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
+from distill_pipeline.models.forward import in_float32
 from distill_pipeline.models.load import load_tokenizer
 from distill_pipeline.models.output_head import output_head
 from distill_pipeline.models.resolve import ModelFolder
@@ -167,12 +169,34 @@ def test_layout_is_packed_for_windows_shorter_than_the_data_and_shared_for_longe
 def test_a_window_of_another_name_that_a_tree_is_longer_than_is_found_though_no_text_is() -> None:
     config = {"vocab_size": 40, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "initializer_range": 0.2}
     local = {"attention_types": [[["global", "local"], 1]], "window_size": 64}
-    assert choose_layout([build(GPTNeoConfig(**config, **local))], longest=10)[0] == "packed"
+    for dtype in (torch.float32, torch.bfloat16):
+        assert choose_layout([build(GPTNeoConfig(**config, **local)).to(dtype)], longest=10)[0] == "packed"
     assert choose_layout([build(GPTNeoConfig(**config, attention_types=[[["global"], 2]]))], longest=10)[0] == "shared"
 
 
 def test_layout_is_packed_for_a_teacher_in_bfloat16_too() -> None:
     assert choose_layout([windowed(window=16).to(torch.bfloat16)], longest=20)[0] == "packed"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_layout_is_shared_for_deep_models_in_half_precision_too(random_model: Any, dtype: torch.dtype) -> None:
+    model = random_model(layers=12, seed=0).to(dtype)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    assert choose_layout([model], 60)[0] == "shared"
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == dtype
+        assert torch.equal(parameter, before[name])
+
+
+def test_a_model_in_float32_for_a_while_says_what_its_wide_twin_says_and_is_narrow_again(random_model: Any) -> None:
+    model = random_model(layers=3, seed=0).to(torch.bfloat16)
+    twin, ids = copy.deepcopy(model).float(), torch.tensor([[3, 4, 5, 6]])
+    with torch.no_grad(), in_float32(model):
+        assert torch.equal(model(input_ids=ids).logits, twin(input_ids=ids).logits)
+        with pytest.raises(IndexError):
+            model(input_ids=ids + 1000)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
 
 
 def test_layout_is_shared_under_eager_attention_too(random_model: Any) -> None:
